@@ -1,0 +1,141 @@
+"""The Python API: what the command line calls, and what a notebook calls."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from distprune.core import run as core_run
+from distprune.core.config import read_yaml
+from distprune.core.executor import Report, execute
+from distprune.core.masks import Masks
+from distprune.core.recipe import Recipe
+from distprune.core.run import Run
+from distprune.environment import environment
+
+# A recipe runs where only torch is installed: what needs Ray, Optuna or Arrow is imported by the calls that use it.
+if TYPE_CHECKING:
+    from distprune.result import Result
+    from distprune.search.config import Search
+
+Listener = Callable[[str, dict[str, Any]], None]  # (event, facts): what a display of a search hears
+
+
+def quiet(event: str, facts: dict[str, Any]) -> None:
+    """The listener that shows nothing."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A recipe that was run to its end."""
+
+    run: Run
+    reports: tuple[Report, ...]
+
+    @property
+    def model(self) -> nn.Module:
+        """The trained network, its removed weights zero."""
+        return self.run.state.model
+
+    @property
+    def masks(self) -> Masks:
+        """Its masks."""
+        return self.run.state.masks
+
+    def summary(self) -> str:
+        """One line."""
+        last = self.reports[-1]
+        metrics = ", ".join(f"{name} {value:.4f}" for name, value in last.metrics.items())
+        return f"finished: {metrics} (validation), {last.kept:,} weights kept, sparsity {last.sparsity:.4f}, {last.cost:,} samples"
+
+    def export(self, to: str | Path) -> Path:
+        """Write masks, weights, model and manifest to the new folder `to`."""
+        from distprune.export.network import export
+
+        return export(self.run, to, {"key": self.run.key, "versions": environment()})
+
+
+def _read_recipe(recipe: str | Path | Mapping[str, Any] | Recipe) -> Recipe:
+    if isinstance(recipe, Recipe):
+        return recipe
+    return Recipe.read(dict(recipe) if isinstance(recipe, Mapping) else read_yaml(recipe))
+
+
+def prepare(recipe: str | Path | Mapping[str, Any] | Recipe, *, device: str = "cpu") -> Run:
+    """A recipe with its data loaded, its network built and its plan made."""
+    return core_run.prepare(_read_recipe(recipe), device=device)
+
+
+def run(
+    recipe: str | Path | Mapping[str, Any] | Recipe,
+    *,
+    device: str = "cpu",
+    listen: Callable[[Run, Report], None] = lambda run, report: None,
+) -> Outcome:
+    """Execute one recipe; `listen` hears every report."""
+    ready = prepare(recipe, device=device)
+    reports = []
+    for report in execute(ready.plan, ready.state, ready.env):
+        reports.append(report)
+        listen(ready, report)
+    return Outcome(ready, tuple(reports))
+
+
+def search(
+    config: "str | Path | Mapping[str, Any] | Search",
+    *,
+    name: str | None = None,
+    storage: str | None = None,
+    limits: Mapping[str, Any] | None = None,
+    address: str | None = None,
+    listen: Listener = quiet,
+) -> "Result":
+    """Run a search to its end, on this machine or on the Ray cluster at `address`.
+
+    Raises UserError, before anything is written, for whatever in it cannot be done.
+    """
+    from distprune.result import Result
+    from distprune.search import driver
+    from distprune.search.config import Search
+
+    if not isinstance(config, Search):
+        value = dict(config) if isinstance(config, Mapping) else read_yaml(config)
+        changes = {"name": name, "storage": storage}
+        if limits:
+            changes["limits"] = {**value.get("limits", {}), **limits}  # type: ignore[assignment]
+        config = Search.read({**value, **{key: item for key, item in changes.items() if item is not None}})
+    return Result(driver.start(config, address=address, listen=listen).path)
+
+
+def resume(
+    path: str | Path, *, limits: Mapping[str, Any] | None = None, address: str | None = None, listen: Listener = quiet
+) -> "Result":
+    """Go on with an interrupted search, or extend a finished one by larger `limits`."""
+    from distprune.result import Result
+    from distprune.search import driver
+
+    return Result(driver.resume(path, limits=dict(limits or {}), address=address, listen=listen).path)
+
+
+def check(config: str | Path) -> list[str]:
+    """Validate a recipe or a search without starting anything; returns lines that say what it is. Raises UserError for what is wrong."""
+    from distprune.search.config import Search
+    from distprune.search.setup import check_gpus, set_up
+
+    value = read_yaml(config)
+    if "paradigm" in value:
+        ready = prepare(value)
+        return [f"{config}: a recipe of {len(ready.plan.stages)} stages that bills {ready.plan.cost:,} samples. It is valid."]
+    found = Search.read(value)
+    check_gpus(found)
+    setup = set_up(found)
+    axes = ", ".join(f"{len(candidates)} {axis} entries" for axis, candidates in setup.space.axes.items())
+    return [
+        f"{config}: a search over {axes}, {setup.total:,} prunable weights.",
+        f"A dense training bills {setup.dense_cost:,} samples, a trial {setup.mean_cost:,} on average and {setup.most_cost:,} at most.",
+        f"Rungs at {', '.join(f'{cost:,}' for cost in setup.rungs().costs) or 'none'} samples; {found.limits.trials} trials.",
+        *(f"Excluded: {line}" for line in setup.space.excluded),
+        "It is valid.",
+    ]

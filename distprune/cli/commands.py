@@ -1,0 +1,151 @@
+"""The commands. Their names and options are frozen by a test."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    name="distprune",
+    help="Search over pruning paradigms, per-layer sparsity budgets and regularization schedules.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Config = Annotated[Path, typer.Argument(help="YAML file.", show_default=False)]
+RunArgument = Annotated[Path, typer.Argument(help="Run folder, such as runs/digits.", show_default=False)]
+Address = Annotated[str | None, typer.Option(help="Address of a Ray cluster; by default Ray starts on this machine.", show_default=False)]
+Head = Annotated[str, typer.Option("--address", help="Ray dashboard, such as http://HEAD:8265.", show_default=False)]
+Trials = Annotated[int | None, typer.Option(help="How many trials there are in the end.", show_default=False)]
+Cost = Annotated[float | None, typer.Option(help="Billed samples of all trials together.", show_default=False)]
+Wall = Annotated[float | None, typer.Option(help="Seconds.", show_default=False)]
+Name = Annotated[str | None, typer.Option(help="Name of the run folder, in place of the file's.", show_default=False)]
+Storage = Annotated[str | None, typer.Option(help="Folder of run folders, in place of the file's.", show_default=False)]
+
+
+@app.command()
+def search(config: Config, name: Name = None, storage: Storage = None, trials: Trials = None, address: Address = None) -> None:
+    """Run a search and end with its Pareto table."""
+    from distprune import api
+    from distprune.cli.progress import Display
+
+    limits = {"trials": trials} if trials else None
+    with Display() as display:
+        result = api.search(config, name=name, storage=storage, limits=limits, address=address, listen=display)
+    display.close_with(result)
+
+
+@app.command()
+def resume(run: RunArgument, trials: Trials = None, cost: Cost = None, wall: Wall = None, address: Address = None) -> None:
+    """Go on with an interrupted search, or extend a finished one."""
+    from distprune import api
+    from distprune.cli.progress import Display
+
+    limits = {key: value for key, value in {"trials": trials, "cost": cost, "wall": wall}.items() if value is not None}
+    with Display() as display:
+        result = api.resume(run, limits=limits, address=address, listen=display)
+    display.close_with(result)
+
+
+@app.command()
+def run(
+    config: Config,
+    to: Annotated[Path | None, typer.Option(help="Export the network to this new folder.", show_default=False)] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+) -> None:
+    """Execute one recipe."""
+    from distprune import api
+    from distprune.cli.progress import Lines
+
+    outcome = api.run(config, device=device, listen=Lines())
+    print(outcome.summary())
+    if to is not None:
+        print(f"exported to {outcome.export(to)}")
+
+
+@app.command()
+def plan(config: Config) -> None:
+    """Show a recipe's stages, with sparsity and cost, without running them."""
+    from distprune import api
+    from distprune.report.tables import plan_table, show
+
+    show(plan_table(api.prepare(config)))
+
+
+@app.command()
+def check(config: Config) -> None:
+    """Validate a recipe or a search, and say what is never proposed and why."""
+    from distprune import api
+
+    for line in api.check(config):
+        print(line)
+
+
+@app.command(name="list")
+def list_entries(kind: Annotated[str | None, typer.Argument(help="criterion, allocator, paradigm, ...", show_default=False)] = None) -> None:
+    """Show every registered name with its options, paper and file."""
+    from distprune.cli.listing import print_tables
+
+    print_tables(kind)
+
+
+@app.command()
+def report(run: RunArgument) -> None:
+    """Show what a search found, from its folder; it may still be running."""
+    from distprune import api
+    from distprune.report.tables import show_result
+
+    show_result(api.Result(run))
+
+
+@app.command()
+def export(
+    run: RunArgument,
+    to: Annotated[Path, typer.Option(help="New folder.", show_default=False)],
+    trial: Annotated[int | None, typer.Option(help="Number in the Pareto table; by default the best on validation.", show_default=False)] = None,
+    most_density: Annotated[
+        float | None, typer.Option(help="Take the best that keeps at most this share of the weights.", show_default=False)
+    ] = None,
+) -> None:
+    """Write masks, pruned weights, a stand-alone model and a manifest of one trial."""
+    from distprune import api
+
+    best = api.Result(run).best(trial=trial, max_params=most_density)
+    print(f"trial {best.number} exported to {best.export(to)}")
+
+
+@app.command()
+def submit(
+    config: Config,
+    address: Head,
+    name: Name = None,
+    storage: Storage = None,
+    trials: Trials = None,
+    follow: Annotated[bool, typer.Option(help="Show the job's output until it ends.")] = True,
+) -> None:
+    """Submit a search to a Ray cluster as a job."""
+    from distprune.cli import jobs
+
+    raise typer.Exit(jobs.submit(config, address=address, name=name, storage=storage, trials=trials, follow=follow))
+
+
+@app.command()
+def status(job: Annotated[str, typer.Argument(help="Job id, as submit printed it.", show_default=False)], address: Head) -> None:
+    """Show a submitted job and follow its output until it ends."""
+    from distprune.cli import jobs
+
+    raise typer.Exit(jobs.follow(job, address=address))
+
+
+@app.command()
+def fetch(
+    job: Annotated[str, typer.Argument(help="Job id, as submit printed it.", show_default=False)],
+    address: Head,
+    to: Annotated[Path, typer.Option(help="Folder that receives the run folder.")] = Path("runs"),
+) -> None:
+    """Bring the run folder of a submitted search here."""
+    from distprune.cli import jobs
+
+    print(f"fetched to {jobs.fetch(job, address=address, to=to)}")

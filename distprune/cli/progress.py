@@ -1,0 +1,105 @@
+"""Progress of a search on the terminal: one live line where there is a terminal, a line every few seconds elsewhere."""
+
+import sys
+import time
+from types import TracebackType
+from typing import Any
+
+_PLAIN_EVERY_S = 5.0
+
+
+class Display:
+    """Hears the events of `search.driver` and shows them."""
+
+    def __init__(self) -> None:
+        self._live = sys.stdout.isatty()
+        self._started = self._shown = time.monotonic()
+        self._folder: Any = None
+        self._slots = 0
+        self._held = 0  # trials that had ended before this driver began
+
+    def __enter__(self) -> "Display":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._live:
+            print("\r\033[K", end="", flush=True)
+        if kind is KeyboardInterrupt and self._folder is not None:
+            print(f"Interrupted; nothing is lost. Go on with: distprune resume {self._folder}", flush=True)
+
+    def __call__(self, event: str, facts: dict[str, Any]) -> None:
+        getattr(self, f"_on_{event}")(**facts)
+
+    def _on_checking(self, search: Any) -> None:
+        print(f"{search.name}: reading the data and building the network", flush=True)
+
+    def _on_damaged(self, message: str) -> None:
+        print(message, flush=True)
+
+    def _on_starting(self, search: Any) -> None:
+        print("starting Ray", flush=True)
+
+    def _on_running(self, setup: Any, slots: int, found: dict[str, int], folder: Any) -> None:
+        search, workers = setup.search, setup.search.workers
+        self._folder, self._slots, self._held = folder.path, slots, found["ended"] + found["told now"]
+        sizes = ", ".join(f"{len(candidates)} {axis}s" for axis, candidates in setup.space.axes.items())
+        print(f"space: {sizes.replace('criterions', 'criteria')}; {setup.total:,} prunable weights")
+        share = f"{workers.cpus} CPU" + (f" and {workers.gpus:g} GPU" if workers.gpus else "")
+        print(f"{slots} trials at once, {share} each; {search.limits.trials} trials of about {setup.mean_cost:,} samples, less what is stopped")
+        if any(found.values()):
+            print("found: " + ", ".join(f"{count} {kind}" for kind, count in found.items()))
+        print(f"results go to {folder.path}", flush=True)
+        self._started = time.monotonic()
+
+    def _on_progress(self, **summary: Any) -> None:
+        every = 0.3 if self._live else _PLAIN_EVERY_S
+        if time.monotonic() - self._shown < every:
+            return
+        self._shown = time.monotonic()
+        line = self._line(summary)
+        print(f"\r\033[K{line}" if self._live else line, end="" if self._live else "\n", flush=True)
+
+    def _line(self, summary: dict[str, Any]) -> str:
+        ends = summary["ends"]
+        running = ends["running"]
+        ended = summary["born"] - running
+        parts = [f"{ended}/{summary['most']} trials done", f"{running} running", f"{ends['stopped']} stopped"]
+        failed = ends["error"] + ends["nan"] + ends["oom"]
+        if failed:
+            parts.append(f"{failed} failed")
+        if summary["best"]:
+            parts.append(f"best {summary['best'][0]:.4f} with {-summary['best'][1]:,.0f} weights")
+        parts.append(f"front {summary['front']}")
+        done = ended - self._held
+        if done > 0:
+            left = (time.monotonic() - self._started) / done * (summary["most"] - ended)
+            parts.append(f"about {_duration(left)} left")
+        return " | ".join(parts)
+
+    def _on_finishing(self, front: list[int]) -> None:
+        if self._live:
+            print("\r\033[K", end="")
+        print(f"measuring {len(front)} networks of the front on the test split", flush=True)
+
+    def _on_finished(self, summary: dict[str, Any]) -> None:
+        print(f"done in {_duration(time.monotonic() - self._started)}", flush=True)
+
+    def close_with(self, result: Any) -> None:
+        """Print the Pareto table and what comes next."""
+        from distprune.report.tables import show_result
+
+        show_result(result)
+
+
+class Lines:
+    """A line a report, for a single recipe."""
+
+    def __call__(self, run: Any, report: Any) -> None:
+        metrics = ", ".join(f"{name} {value:.4f}" for name, value in report.metrics.items())
+        share = report.cost / max(run.plan.cost, 1)
+        print(f"{share:4.0%}  stage {report.stage}  step {report.clock}  sparsity {report.sparsity:.4f}  {metrics}", flush=True)
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}:{rest:02d} min" if minutes else f"{rest} s"

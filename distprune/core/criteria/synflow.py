@@ -1,0 +1,23 @@
+"""Synaptic flow."""
+
+import torch
+from torch import Tensor
+
+from distprune.core.registry import criterion
+from distprune.core.scoring import Probe
+
+
+@criterion("synflow", paper="Tanaka et al. 2020, arXiv:2006.05467, eq. 5 and algorithm 1", steps=100)
+def synflow(probe: Probe) -> dict[str, Tensor]:
+    """|w dR/dw| with R the summed output of the network with absolute weights on an input of ones; no data, 100 steps.
+
+    In float64, as R overflows on deep networks, and in eval mode with absolute buffers, as the authors do.
+    """
+    model = probe.model.double().eval()
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            if tensor.is_floating_point():
+                tensor.abs_()
+    flow = model(torch.ones_like(probe.task.example(), dtype=torch.double)).sum()
+    gradients = torch.autograd.grad(flow, list(probe.weights.values()), materialize_grads=True)
+    return {name: (weight * gradient).abs().detach() for (name, weight), gradient in zip(probe.weights.items(), gradients, strict=True)}

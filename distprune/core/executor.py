@@ -1,0 +1,101 @@
+"""The one executor: runs any plan from any state and yields reports."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from distprune.core.plan import Plan
+from distprune.core.state import State
+from distprune.core.task import Task
+
+
+@dataclass(frozen=True, kw_only=True)
+class Env:
+    """What a run is given and does not change."""
+
+    task: Task
+    build: Callable[[], nn.Module]  # a fresh network, drawn from torch's global generator
+    seed: int
+    device: torch.device
+    report_every: int  # steps between reports within a Train
+    precision: str = "fp32"
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The context of forward passes."""
+        return torch.autocast(self.device.type, torch.bfloat16) if self.precision == "bf16" else nullcontext()
+
+    def seed_global(self, seed: int) -> None:
+        """Seed the generator that dropout draws from on the run's device."""
+        torch.default_generator.manual_seed(seed)
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """Where a run stands. `cost` is the bill in samples; metrics are those of the validation split."""
+
+    index: int
+    stage: int
+    clock: int
+    lap: int
+    metrics: dict[str, float]
+    sparsity: float
+    kept: int
+    cost: int
+    final: bool
+
+
+def execute(plan: Plan, state: State, env: Env) -> Iterator[Report]:
+    """Run what is left of `plan`. The state can be saved at every report and be gone on from with the same bits.
+
+    The global random generators belong to the run while it works and are put back before each report.
+    """
+    work = _work(plan, state, env)
+    while True:
+        devices = [env.device] if env.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            report = next(work, None)
+        if report is None:
+            return
+        yield report
+
+
+def _work(plan: Plan, state: State, env: Env) -> Iterator[Report]:
+    last = len(plan.stages) - 1
+    while state.stage <= last:
+        stage = plan.stages[state.stage]
+        if not state.entered:
+            if plan.joined(state.stage) is None:
+                stage.enter(state, env)
+            state.entered = True
+        for _ in stage.run(state, env):
+            with stage.viewing(state, env):
+                report = _report(state, env, final=False)
+            yield report
+        if not plan.is_continued(state.stage):
+            stage.leave(state, env)
+        state.stage, state.entered = state.stage + 1, False
+        if stage.measured or state.stage > last:
+            yield _report(state, env, final=state.stage > last)
+
+
+def _report(state: State, env: Env, *, final: bool) -> Report:
+    with env.autocast():
+        metrics = env.task.metrics(state.model, "validation")
+    state.reports += 1
+    return Report(
+        index=state.reports - 1,
+        stage=state.stage,
+        clock=state.clock,
+        lap=state.lap,
+        metrics=metrics,
+        sparsity=state.masks.sparsity,
+        kept=state.masks.kept,
+        cost=state.ledger.cost,
+        final=final,
+    )

@@ -1,0 +1,62 @@
+"""Content keys: two states have the same key exactly if the same work leads to them.
+
+`key = sha256(previous key, kind, version, non-default fields)`. Table entries count as name, version and non-default options.
+Two rules make sharing between plans real:
+a Train that continues another one, equal but for `until`, has the key it would have alone, with Snapshots in between transparent;
+and a stage that reads a snapshot has that snapshot's key in its own.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from distprune.core.plan import Plan
+from distprune.core.registry import Choice
+
+VERSION = 1  # of the scheme: a change of it is a change of every key
+
+
+def canonical(value: Any) -> Any:
+    """Plain data that a key depends on."""
+    if isinstance(value, Choice):
+        return value.identity()
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {
+            field.name: canonical(getattr(value, field.name))
+            for field in dataclasses.fields(value)
+            if field.default is dataclasses.MISSING or getattr(value, field.name) != field.default
+        }
+        version = getattr(type(value), "version", 1)
+        return {"kind": type(value).__name__, **({"version": version} if version != 1 else {}), **fields}
+    if isinstance(value, Mapping):
+        return {str(key): canonical(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [canonical(item) for item in value]
+    return value
+
+
+def digest(*parts: Any) -> str:
+    """64 hexadecimal digits of canonical parts."""
+    text = json.dumps([VERSION, *map(canonical, parts)], sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def keys(root: str, plan: Plan) -> list[str]:
+    """The key of the state after each stage of `plan`; `root` is the key of the state before the first."""
+    after: list[str] = []
+    base = root  # the key before the trajectory that the current stage belongs to
+    snapshots: dict[str, str] = {}
+    for index, stage in enumerate(plan.stages):
+        previous = after[-1] if after else root
+        if stage.transparent:
+            snapshots[stage.tag] = previous
+            after.append(previous)
+            continue
+        joined = plan.joined(index)
+        if joined is None:
+            base = previous
+        reads = [snapshots[stage.reads]] if stage.reads else []
+        after.append(digest(base, joined or stage, *reads))
+    return after

@@ -1,0 +1,79 @@
+"""The one training loop. What would want an `if` in it is a hook."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+
+from distprune.core.hooks.hook import slot, viewed
+from distprune.core.streams import stream_seed
+
+if TYPE_CHECKING:
+    from distprune.core.executor import Env
+    from distprune.core.stages import Train
+    from distprune.core.state import State
+
+_CHECK_EVERY = 50  # steps between looks at the loss on an accelerator, where a look waits for the device
+
+
+class Diverged(RuntimeError):
+    """The loss is no longer finite: NaN times a mask is NaN, so the run ends here."""
+
+
+def train(stage: "Train", state: "State", env: "Env") -> Iterator[None]:
+    """Run `stage` from the state's clock, yielding where reports are due."""
+    task, config, model = env.task, stage.config, state.model
+    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    optimizer = config.optimizer(list(parameters.values()))
+    if state.optimizer != config.optimizer.name:
+        state.optimizer, state.memory = config.optimizer.name, {}
+    for name, parameter in parameters.items():  # the optimizer's memory lives in the state
+        optimizer.state[parameter] = state.memory.setdefault(name, {})
+    keeps_zeros = config.optimizer.entry.facts["keeps_zeros"]
+    base = [group["lr"] for group in optimizer.param_groups]
+    hooks = [(hook, state.slots[slot(index, hook)]) for index, hook in enumerate(stage.hooks)]
+    device = next(iter(parameters.values())).device
+    losses: list[torch.Tensor] = []
+
+    model.train()
+    while state.clock < stage.until:
+        rate = config.decay(min(state.clock / config.length, 1.0))
+        for group, lr in zip(optimizer.param_groups, base, strict=True):
+            group["lr"] = lr * rate
+        env.seed_global(stream_seed(env.seed, "noise", state.lap, state.clock))
+        batch = task.batch(env.seed, state.lap, state.clock, config.batch_size)
+
+        optimizer.zero_grad(set_to_none=True)
+        with viewed(stage.hooks, state, env, train=True):
+            with env.autocast():
+                loss = task.loss(model, batch)
+            loss.backward()  # type: ignore[no-untyped-call]
+        losses.append(loss.detach())
+        if device.type == "cpu" or len(losses) == _CHECK_EVERY:
+            _check_finite(losses, state)
+        samples = task.samples(batch)
+        if state.is_dense:
+            state.ledger.dense += samples
+        else:
+            state.ledger.sparse += samples
+
+        for hook, memory in hooks:
+            hook.grad(memory, state, env)
+        state.mask_gradients()
+        optimizer.step()
+        if not keeps_zeros:
+            state.zero_removed()
+        state.clock += 1
+        if any([hook.step(memory, state, env) for hook, memory in hooks]):
+            break
+        if state.clock % env.report_every == 0 and state.clock < stage.until:
+            _check_finite(losses, state)
+            yield
+            model.train()
+    _check_finite(losses, state)
+
+
+def _check_finite(losses: list[torch.Tensor], state: "State") -> None:
+    if losses and not bool(torch.isfinite(torch.stack(losses)).all()):
+        raise Diverged(f"the loss is not finite at step {state.clock} of lap {state.lap}. Lower the learning rate or the penalty.")
+    losses.clear()

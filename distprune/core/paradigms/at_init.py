@@ -1,0 +1,11 @@
+"""Pruning at initialization."""
+
+from distprune.core.plan import Plan
+from distprune.core.recipe import Recipe
+from distprune.core.registry import paradigm
+
+
+@paradigm("at_init", paper="Lee et al. 2019, arXiv:1810.02340")
+def at_init(recipe: Recipe) -> Plan:
+    """Prune the untrained network, then train under fixed masks: SNIP, GraSP, SynFlow, random and magnitude by their criterion."""
+    return Plan([recipe.prune(recipe.sparsity), recipe.training(until=recipe.train.length)])

@@ -1,0 +1,11 @@
+"""The reference: no pruning."""
+
+from distprune.core.plan import Plan
+from distprune.core.recipe import Recipe
+from distprune.core.registry import paradigm
+
+
+@paradigm("dense", uses=())
+def dense(recipe: Recipe) -> Plan:
+    """Train, prune nothing."""
+    return Plan([recipe.training(until=recipe.train.length)])

@@ -1,0 +1,102 @@
+"""One recipe from text to a trained network: what a trial, `distprune run` and `distprune plan` have in common."""
+
+import functools
+import json
+from dataclasses import dataclass
+
+import torch
+
+from distprune.core.data.dataset import Dataset
+from distprune.core.executor import Env
+from distprune.core.keys import digest, keys
+from distprune.core.lengths import to_steps
+from distprune.core.metrics import layer_flops
+from distprune.core.plan import Plan
+from distprune.core.recipe import Recipe
+from distprune.core.registry import Choice
+from distprune.core.state import State
+from distprune.core.task import Task
+from distprune.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A recipe made ready: `execute(run.plan, run.state, run.env)` runs it."""
+
+    recipe: Recipe
+    plan: Plan
+    state: State
+    env: Env
+
+    @property
+    def key(self) -> str:
+        """The content key of the finished recipe."""
+        return keys(root_key(self.recipe, self.env.device), self.plan)[-1]
+
+    def flops(self) -> dict[str, int]:
+        """Dense FLOPs of one sample in each prunable layer."""
+        return layer_flops(self.state.model, self.env.task.example(), self.state.weights)
+
+
+def prepare(recipe: Recipe, *, device: torch.device | str = "cpu", report_every: str = "1ep") -> Run:
+    """Load the data, build the network and the plan. Raises UserError for whatever in the recipe cannot be done."""
+    device = torch.device(device)
+    dataset = load_data(recipe.data)
+    task: Task = recipe.task(dataset).to(device)
+    per_epoch = task.steps_per_epoch(recipe.train.batch_size)
+    build = functools.partial(build_model, recipe.model, dataset.shape, dataset.classes)
+    env = Env(
+        task=task,
+        build=build,
+        seed=recipe.seed,
+        device=device,
+        report_every=max(to_steps(report_every, steps_per_epoch=per_epoch), 1),
+        precision=recipe.precision,
+    )
+    state = State.new(build, seed=recipe.seed, device=device, include=recipe.include, exclude=recipe.exclude)
+    return Run(recipe=recipe, plan=recipe.plan(per_epoch), state=state, env=env)
+
+
+def build_model(choice: Choice, shape: tuple[int, int, int], classes: int) -> torch.nn.Module:
+    """A fresh network. Raises UserError where the entry refuses the shape or returns something else."""
+    try:
+        network = choice(shape, classes)
+    except UserError:
+        raise
+    except Exception as error:  # a user's function may raise anything
+        raise UserError(f"model '{choice.name}' cannot be built for inputs {shape} and {classes} classes: {error}") from error
+    if not isinstance(network, torch.nn.Module):
+        raise UserError(f"model '{choice.name}' must return a torch.nn.Module, got {type(network).__name__}.")
+    return network
+
+
+_LOADED: dict[str, Dataset] = {}  # the latest data set: a worker runs many trials on the same one
+
+
+def load_data(choice: Choice) -> Dataset:
+    """The data set of a choice, loaded once for all trials of a process."""
+    text = json.dumps(choice.plain(), sort_keys=True)
+    if text not in _LOADED:
+        dataset = choice()
+        if not isinstance(dataset, Dataset):
+            raise UserError(f"data '{choice.name}' must return a distprune.Dataset, got {type(dataset).__name__}.")
+        _LOADED.clear()
+        _LOADED[text] = dataset
+    return _LOADED[text]
+
+
+def root_key(recipe: Recipe, device: torch.device) -> str:
+    """The key of a recipe's network before the first stage: all that the bits depend on besides the stages."""
+    return digest(
+        {
+            "model": recipe.model,
+            "data": recipe.data,
+            "task": recipe.task,
+            "prunable": [recipe.include, recipe.exclude],
+            "seed": recipe.seed,
+            "precision": recipe.precision,
+            "threads": torch.get_num_threads() if device.type == "cpu" else 0,
+            "device": device.type,
+            "torch": torch.__version__.split("+")[0],
+        }
+    )

@@ -1,0 +1,106 @@
+"""From scores to masks: what a criterion may look at, and how its scores and a budget become masks."""
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distprune.core.budgets import allocate, kept_for, layers_of, top_masks
+from distprune.core.masks import Masks
+from distprune.core.registry import Choice
+from distprune.core.schedules import exponential
+from distprune.core.streams import global_stream, stream
+from distprune.core.task import Task
+from distprune.errors import UserError
+
+
+class Probe:
+    """What a criterion sees: a scratch copy of the network that it may do anything to, data and a random stream.
+
+    `model` has the masks applied; `values` holds the weights as they were before (name -> tensor), so that a criterion can also score
+    weights that are masked now; `weights` are the parameters of `model` under the same names.
+    """
+
+    def __init__(self, model: nn.Module, task: Task | None, masks: Masks, *, seed: int, draw: tuple[int, ...], batch_size: int) -> None:
+        self.model = copy.deepcopy(model).train()
+        for parameter in self.model.parameters():
+            parameter.grad = None
+        parameters = dict(self.model.named_parameters())
+        self.weights = {name: parameters[name] for name in masks}
+        self.values = {name: weight.detach().clone() for name, weight in self.weights.items()}
+        masks.apply_(self.model)
+        self.masks = masks
+        self.generator = stream(seed, "score", *draw)
+        self._task, self._batch_size = task, batch_size
+
+    @property
+    def task(self) -> Task:
+        """The task. Raises UserError where there is none: `distprune.prune` without batches."""
+        if self._task is None:
+            raise UserError("This criterion runs the network: pass batches=..., or choose one that looks at weights alone: magnitude or random.")
+        return self._task
+
+    def batch(self) -> Any:
+        """A random training batch, not augmented."""
+        return self.task.draw(self.generator, self._batch_size)
+
+    def gradients(self, batches: int, loss: Callable[[nn.Module, Any], Tensor] | None = None) -> dict[str, Tensor]:
+        """dL/dw of the prunable weights, the mean over `batches`; name -> shape of the weight."""
+        self.model.zero_grad(set_to_none=True)
+        for _ in range(batches):
+            ((loss or self.task.loss)(self.model, self.batch()) / batches).backward()  # type: ignore[no-untyped-call]
+        return {
+            name: weight.grad if weight.grad is not None else torch.zeros_like(weight) for name, weight in self.weights.items()
+        }
+
+
+def choose_masks(
+    model: nn.Module,
+    task: Task | None,
+    masks: Masks,
+    *,
+    sparsity: float,
+    criterion: Choice,
+    allocator: Choice,
+    steps: int = 1,
+    nested: bool = True,
+    seed: int = 0,
+    draw: tuple[int, ...] = (),
+    batch_size: int = 128,
+) -> Masks:
+    """Masks of exactly `sparsity`, reached from `masks` in `steps` exponential steps with new scores at each.
+
+    `nested` keeps removed weights removed. `draw` (lap, clock) tells the scoring passes of a run apart: each sees its own batches. The network, its
+    gradients and the global generator are left as they were. Raises UserError for an infeasible budget or scores that are not finite.
+    """
+    shapes = {name: tuple(mask.shape) for name, mask in masks.items()}
+    start = masks.sparsity if nested else 0.0
+    kept_for(sparsity, layers_of(shapes))  # an infeasible target fails before any scoring
+    for step in range(1, steps + 1):
+        probe = Probe(model, task, masks, seed=seed, draw=(*draw, step), batch_size=batch_size)
+        with global_stream(seed, "scoring", *draw, step), torch.enable_grad():
+            scores = criterion(probe)
+        check_scores(scores, shapes, criterion.name)
+        alive = masks if nested else None
+        layers = layers_of(shapes, alive)
+        kept = kept_for(exponential(start, sparsity, step / steps), layers)
+        masks = top_masks(scores, allocate(allocator, layers, kept, scores, alive), alive)
+    return masks
+
+
+def scoring_samples(criterion: Choice, steps: int, batch_size: int) -> int:
+    """Samples that scoring bills: passes over `batches` batches in each of `steps` steps."""
+    passes: int = criterion.entry.facts["passes"]
+    return passes and passes * criterion.option("batches") * batch_size * steps
+
+
+def check_scores(scores: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], name: str) -> None:
+    """Raise UserError unless there is one score for each weight."""
+    got = {key: tuple(value.shape) for key, value in scores.items()}
+    key = next((key for key in [*shapes, *got] if got.get(key) != shapes.get(key)), None)
+    if key is not None:
+        raise UserError(
+            f"criterion '{name}' must return one score a weight: '{key}' has shape {shapes.get(key, 'none')}, its scores {got.get(key, 'none')}."
+        )

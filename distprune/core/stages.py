@@ -1,0 +1,196 @@
+"""The stages that plans are made of."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from torch import nn
+
+from distprune.core.hooks.hook import Hook, slot, viewed
+from distprune.core.hooks.updates import Gradual
+from distprune.core.loop import train
+from distprune.core.plan import Stage
+from distprune.core.registry import Choice
+from distprune.core.scoring import choose_masks, scoring_samples
+from distprune.core.streams import global_stream, stream
+
+if TYPE_CHECKING:
+    from distprune.core.executor import Env
+    from distprune.core.state import State
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train(Stage):
+    """Train until the clock reads `until`.
+
+    `since=None` goes on from where the clock is. A number sets the clock, begins a lap and clears the optimizer: 0 replays the
+    learning-rate schedule, `config.length` trains at the last rate. A hook may end the stage earlier.
+    """
+
+    measured: ClassVar[bool] = True
+    config: Any  # TrainConfig with its length in steps
+    until: int
+    since: int | None = None
+    hooks: tuple[Hook, ...] = ()
+
+    @property
+    def is_empty(self) -> bool:
+        return self.until == (self.since or 0)
+
+    def joined(self, before: Stage) -> "Train | None":
+        if isinstance(before, Train) and self.since is None and replace(before, until=self.until, since=None) == self:
+            return replace(self, since=before.since)
+        return None
+
+    def enter(self, state: "State", env: "Env") -> None:
+        if self.since is not None:
+            state.clock, state.lap, state.memory = self.since, state.lap + 1, {}
+        for index, hook in enumerate(self.hooks):
+            state.slots[slot(index, hook)] = {}
+            hook.start(state.slots[slot(index, hook)], state, env)
+
+    def run(self, state: "State", env: "Env") -> Iterator[None]:
+        yield from train(self, state, env)
+
+    def leave(self, state: "State", env: "Env") -> None:
+        for index, hook in enumerate(self.hooks):
+            hook.end(state.slots.pop(slot(index, hook)), state, env)
+
+    def viewing(self, state: "State", env: "Env") -> AbstractContextManager[None]:
+        return viewed(self.hooks, state, env, train=False)
+
+    def advance(self, clock: int) -> int:
+        return self.until
+
+    def samples(self, clock: int) -> int:
+        start = clock if self.since is None else self.since
+        updates = [hook for hook in self.hooks if isinstance(hook, Gradual)]
+        scoring = sum(hook.samples_per_update * sum(map(hook.due, range(start + 1, self.until + 1))) for hook in updates)
+        return (self.until - start) * self.config.batch_size + scoring
+
+    def describe(self) -> str:
+        hooks = "".join(f" + {type(hook).__name__}" for hook in self.hooks)
+        since = "" if self.since is None else f" from {self.since}"
+        return f"{since.strip()} until step {self.until} of {self.config.length}{hooks}".strip()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prune(Stage):
+    """Remove weights until the network has `sparsity`, in `steps` exponential steps with new scores at each.
+
+    SynFlow is `steps=100`; FORCE is SNIP with steps and `nested=False`.
+    """
+
+    sparsity: float
+    criterion: Choice
+    allocator: Choice
+    steps: int = 1
+    nested: bool = True
+    batch_size: int = 128
+
+    def run(self, state: "State", env: "Env") -> Iterator[None]:
+        masks = choose_masks(
+            state.model,
+            env.task,
+            state.masks,
+            sparsity=self.sparsity,
+            criterion=self.criterion,
+            allocator=self.allocator,
+            steps=self.steps,
+            nested=self.nested,
+            seed=env.seed,
+            draw=(state.lap, state.clock),
+            batch_size=self.batch_size,
+        )
+        state.ledger.scoring += self.samples(state.clock)
+        state.set_masks(masks)
+        yield from ()
+
+    def samples(self, clock: int) -> int:
+        return scoring_samples(self.criterion, self.steps, self.batch_size)
+
+    def describe(self) -> str:
+        steps = f" in {self.steps} steps" if self.steps > 1 else ""
+        return f"to sparsity {self.sparsity:.4g} by {self.criterion.name}, {self.allocator.name}{steps}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Snapshot(Stage):
+    """Remember parameters and buffers under a name."""
+
+    transparent: ClassVar[bool] = True
+    tag: str
+
+    def run(self, state: "State", env: "Env") -> Iterator[None]:
+        state.snapshots[self.tag] = state.values()
+        yield from ()
+
+    def describe(self) -> str:
+        return f"remember the weights as '{self.tag}'"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SetWeights(Stage):
+    """Give the kept weights other values: those of a snapshot (rewind), or fresh ones (reinit). Inheriting them needs no stage."""
+
+    policy: Literal["rewind", "reinit"]
+    tag: str = ""
+
+    @property
+    def reads(self) -> str | None:
+        return self.tag or None
+
+    def run(self, state: "State", env: "Env") -> Iterator[None]:
+        if self.policy == "rewind":
+            values = state.snapshots[self.tag]
+        else:
+            with global_stream(env.seed, "reinit", state.lap, state.clock):
+                values = env.build().state_dict()
+        state.model.load_state_dict(values)
+        state.memory = {}
+        state.zero_removed()
+        yield from ()
+
+    def describe(self) -> str:
+        return f"rewind the kept weights to '{self.tag}'" if self.policy == "rewind" else "draw the kept weights anew"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibrate(Stage):
+    """Estimate the statistics of batch normalisation anew, as the plain mean over `batches` training batches."""
+
+    measured: ClassVar[bool] = True
+    batches: int
+    batch_size: int
+
+    def run(self, state: "State", env: "Env") -> Iterator[None]:
+        calibrate(state, env, self.batches, self.batch_size)
+        state.ledger.scoring += self.samples(state.clock)
+        yield from ()
+
+    def samples(self, clock: int) -> int:
+        return self.batches * self.batch_size
+
+    def describe(self) -> str:
+        return f"estimate batch-norm statistics from {self.batches} batches"
+
+
+@torch.no_grad()
+def calibrate(state: "State", env: "Env", batches: int, batch_size: int) -> None:
+    """Replace running statistics of batch normalisation by their mean over `batches` batches; other buffers and modes stay."""
+    norms = [module for module in state.model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats]
+    if not norms:
+        return
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a cumulative average
+    state.model.train()
+    generator = stream(env.seed, "calibrate", state.lap, state.clock)
+    with global_stream(env.seed, "calibrate", state.lap, state.clock), env.autocast():
+        for _ in range(batches):
+            env.task.outputs(state.model, env.task.draw(generator, batch_size))
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum

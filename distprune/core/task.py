@@ -1,0 +1,57 @@
+"""What a network is for: the loop, the criteria and the reports see a task only, never labels or accuracy."""
+
+from abc import ABC, abstractmethod
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+SplitName = Literal["train", "validation", "test"]
+T = TypeVar("T", bound="Task")
+
+
+class Task(ABC):
+    """Batches, a loss and metrics. `objective` names the metric by which trials are compared."""
+
+    objective: str
+    direction: Literal["maximize", "minimize"]
+
+    @abstractmethod
+    def to(self: T, device: torch.device) -> T:
+        """Move the data to `device` and return self."""
+
+    @abstractmethod
+    def steps_per_epoch(self, batch_size: int) -> int:
+        """Steps in which the training data is seen once; at least 1."""
+
+    @abstractmethod
+    def batch(self, seed: int, lap: int, clock: int, size: int) -> Any:
+        """The training batch at a position of the schedule: a pure function of its arguments."""
+
+    @abstractmethod
+    def draw(self, generator: torch.Generator, size: int) -> Any:
+        """A random training batch without augmentation, for scoring."""
+
+    @abstractmethod
+    def samples(self, batch: Any) -> int:
+        """How many samples a batch bills."""
+
+    @abstractmethod
+    def outputs(self, model: nn.Module, batch: Any) -> Tensor:
+        """The network's outputs for a batch."""
+
+    @abstractmethod
+    def loss_of(self, outputs: Tensor, batch: Any) -> Tensor:
+        """Scalar mean loss of outputs."""
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        """Scalar mean loss of a network on a batch."""
+        return self.loss_of(self.outputs(model, batch), batch)
+
+    @abstractmethod
+    def metrics(self, model: nn.Module, split: SplitName) -> dict[str, float]:
+        """Metrics of a network, `objective` among them. The network is left in the mode it was in."""
+
+    @abstractmethod
+    def example(self) -> Tensor:
+        """One input, [1, ...], on the task's device."""

@@ -1,0 +1,20 @@
+"""What a result was made with: versions, commit and machine."""
+
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+_PACKAGES = ("distprune", "torch", "ray", "optuna", "pyarrow")
+
+
+def environment() -> dict[str, str]:
+    """Versions of the installed packages, commit of this checkout, Python and machine."""
+    facts = {}
+    for name in _PACKAGES:
+        try:
+            facts[name] = version(name)
+        except PackageNotFoundError:
+            continue  # core runs with torch alone
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
+    return {**facts, "python": platform.python_version(), "machine": platform.machine(), "commit": commit.stdout.strip() or "unknown"}

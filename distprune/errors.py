@@ -1,0 +1,20 @@
+"""Errors for users: one line that says the rule, the value and the way out."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class UserError(ValueError):
+    """Something the user wrote cannot be done. The command line prints it as one line and exits with code 2."""
+
+
+def unknown(what: str, name: object, known: Iterable[str]) -> UserError:
+    """The error for a name that is not in a list, with the nearest one that is.
+
+    >>> str(unknown("criterion", "magnitud", ["magnitude", "random"]))
+    "Unknown criterion 'magnitud'. Did you mean 'magnitude'? Known: magnitude, random."
+    """
+    names = sorted(known)
+    near = get_close_matches(str(name), names, n=1)
+    hint = f" Did you mean '{near[0]}'?" if near else ""
+    return UserError(f"Unknown {what} '{name}'.{hint} Known: {', '.join(names) or 'none'}.")

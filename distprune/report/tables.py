@@ -1,0 +1,87 @@
+"""Tables for the terminal, from the store or from a plan."""
+
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from distprune.core.stages import Prune
+
+if TYPE_CHECKING:
+    from distprune.core.run import Run
+    from distprune.result import Result
+
+
+def show(table: Any) -> None:
+    """Print to the terminal; wide enough for a file where there is none."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=160)
+    console.print(table)
+
+
+def front_table(result: "Result") -> Table:
+    """The Pareto front: the most accurate first."""
+    table = Table(title=f"Pareto front of {result.folder.path}", title_justify="left")
+    for name in ("trial", "validation", "test", "kept", "weights", "FLOPs", "paradigm", "criterion", "allocator", "regularizer"):
+        table.add_column(name, justify="right" if name in ("trial", "validation", "test", "kept", "weights", "FLOPs") else "left")
+    for trial in result.pareto():
+        row = trial.row
+        uses_criterion = row["paradigm"] not in ("dense", "dynamic")
+        table.add_row(
+            str(row["number"]),
+            f"{row['objective']:.4f}",
+            "" if row["test"] is None else f"{row['test']:.4f}",
+            f"{1 - row['sparsity']:.2%}",
+            f"{row['kept']:,}",
+            "" if row["flops"] is None else f"{row['flops']:,.0f}",
+            row["paradigm"],
+            row["criterion"] if uses_criterion else "",
+            row["allocator"] if row["paradigm"] != "dense" else "",
+            row["regularizer"],
+        )
+    return table
+
+
+def ends_line(result: "Result") -> str:
+    """How the trials ended, in one line."""
+    rows = result.trials.to_pylist()
+    ends = Counter(row["ended"] for row in rows)
+    text = ", ".join(f"{count} {end}" for end, count in ends.most_common())
+    billed, spent = sum(row["cost"] or 0 for row in rows), sum(row["spent"] or 0 for row in rows)
+    return f"{len(rows)} trials: {text}. {billed:,.0f} samples billed, {spent:,.0f} run (scoring at rungs included)."
+
+
+def failures(result: "Result", most: int = 5) -> list[str]:
+    """Why trials failed, the most frequent reasons first."""
+    reasons = Counter(row["reason"] for row in result.trials.to_pylist() if row["ended"] in ("error", "nan", "oom"))
+    return [f"{count} failed: {reason}" for reason, count in reasons.most_common(most)]
+
+
+def show_result(result: "Result") -> None:
+    """The front, how trials ended, where the results lie, and the commands that come next."""
+    show(front_table(result))
+    path = result.folder.path
+    print(ends_line(result))
+    for line in failures(result):
+        print(line)
+    print(f"Results: {path}/trials.parquet, {path}/masks/, {path}/study.journal (opens in optuna-dashboard)")
+    print("Next:")
+    print(f"  distprune export {path} --to exported/{path.name}")
+    print(f"  distprune resume {path} --trials {2 * len(result.trials)}")
+
+
+def plan_table(run: "Run") -> Table:
+    """The stages of a recipe."""
+    plan = run.plan
+    table = Table(title=f"{run.recipe.paradigm.name}: {plan.cost:,} samples at most", title_justify="left")
+    for name in ("stage", "", "sparsity", "samples"):
+        table.add_column(name, justify="right" if name in ("sparsity", "samples") else "left")
+    sparsity = 0.0
+    for stage, cost in zip(plan.stages, plan.costs(), strict=True):
+        if isinstance(stage, Prune):
+            sparsity = stage.sparsity
+        sparsity = max([sparsity, *(getattr(hook, "sparsity", 0.0) for hook in getattr(stage, "hooks", ()))])
+        table.add_row(type(stage).__name__, stage.describe(), f"{sparsity:.4f}", f"{cost:,}")
+    return table

@@ -1,0 +1,101 @@
+"""One search as frozen plain data, read from YAML."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from distprune.core.config import read_fields, read_yaml
+from distprune.core.lengths import check_length
+from distprune.core.recipe import Recipe
+from distprune.core.registry import Choice
+from distprune.errors import UserError
+from distprune.search import tables
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """When a search ends, whichever comes first."""
+
+    trials: int = 30
+    cost: float | None = None  # billed samples of all trials together
+    wall: float | None = None  # seconds of this and earlier drivers
+
+    @classmethod
+    def read(cls, value: Any, where: str) -> "Limits":
+        limits = cls(**read_fields(cls, value, where))
+        for name in ("trials", "cost", "wall"):
+            number = getattr(limits, name)
+            if number is not None and number <= 0:
+                raise UserError(f"{where}.{name} must be above 0, got {number}. Leave it out for no limit.")
+        return limits
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workers:
+    """What one trial gets, and how many run at once."""
+
+    cpus: int = 1  # threads of a trial
+    gpus: float = 0.0  # 1, 2, ... or a share of one such as 0.25
+    most: int | None = None  # trials at once; by default as many as fit
+
+    @classmethod
+    def read(cls, value: Any, where: str) -> "Workers":
+        workers = cls(**read_fields(cls, value, where))
+        if workers.cpus < 1 or (workers.most is not None and workers.most < 1):
+            raise UserError(f"{where}.cpus and {where}.most must be at least 1, got {workers.cpus} and {workers.most}.")
+        if workers.gpus < 0 or (workers.gpus > 1 and workers.gpus != int(workers.gpus)):
+            raise UserError(f"{where}.gpus must be a whole number or a share below 1, got {workers.gpus}. Write 1 or 0.25.")
+        return workers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Search:
+    """What is searched, how, and for how long."""
+
+    name: str
+    recipe: Mapping[str, Any]  # what all trials share, as a recipe is written
+    space: Mapping[str, Any] = field(default_factory=dict)  # see space.py; axes left out are searched over their whole table
+    sampler: Choice = field(default_factory=lambda: tables.sampler.choose("tpe"))
+    scheduler: Choice = field(default_factory=lambda: tables.scheduler.choose("pareto_halving"))
+    limits: Limits = field(default_factory=Limits)
+    workers: Workers = field(default_factory=Workers)
+    report_every: str = "1ep"
+    recovery: str = "20it"  # training of the copy that is scored at a rung
+    seed: int = 0  # of every trial, so that equal prefixes of trials are equal work
+    storage: str = "runs"  # folder of run folders
+
+    @classmethod
+    def read(cls, value: Any, where: str = "search") -> "Search":
+        """From a mapping, checked but for what needs the data and the network. Raises UserError."""
+        search = cls(**read_fields(cls, value, where))
+        if not search.name or Path(search.name).name != search.name or search.name.startswith("."):
+            raise UserError(f"{where}.name must be the name of a new folder, got {search.name!r}. Write name: digits.")
+        check_length(search.report_every, f"{where}.report_every", relative=False)
+        check_length(search.recovery, f"{where}.recovery", relative=False)
+        for key in ("paradigm", "seed"):
+            if key in search.recipe:
+                place = "space.paradigm" if key == "paradigm" else "seed, beside recipe"
+                raise UserError(f"recipe.{key} is searched or set for all trials: write it as {place}.")
+        Recipe.read({**search.recipe, "paradigm": "dense"})  # unknown keys, names and types fail here
+        return search
+
+    @classmethod
+    def load(cls, path: str | Path, **changes: Any) -> "Search":
+        """From a YAML file."""
+        return cls.read({**read_yaml(path), **{key: value for key, value in changes.items() if value is not None}})
+
+    def plain(self) -> dict[str, Any]:
+        """As YAML writes it, defaults included; `read` is the inverse."""
+        plain = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
+        plain |= {"limits": dataclasses.asdict(self.limits), "workers": dataclasses.asdict(self.workers)}
+        plain |= {"sampler": self.sampler.plain(), "scheduler": self.scheduler.plain()}
+        return plain
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return Path(self.storage) / self.name
+
+

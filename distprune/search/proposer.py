@@ -1,0 +1,108 @@
+"""The proposer: parameters of the next trial, as a pure function of the seed, the trial's number and the fit set."""
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import optuna
+from optuna.distributions import BaseDistribution
+from optuna.trial import FrozenTrial, TrialState
+
+from distprune.core.recipe import Recipe
+from distprune.core.registry import Choice
+from distprune.core.streams import stream_seed
+from distprune.errors import UserError
+
+FIT_SET = 200  # finished trials that a model is fitted to: a suggestion costs the same after 200 trials and after 10,000
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """What a sampler proposed for a trial."""
+
+    number: int
+    recipe: Recipe
+    params: Mapping[str, Any]
+    distributions: Mapping[str, BaseDistribution]
+    system_attrs: Mapping[str, Any]  # what the sampler itself wants to find again
+
+
+class Proposer:
+    """Optuna's samplers over a study in memory, never over the journal: it is small, and a proposal leaves no half-written trial."""
+
+    def __init__(self, sampler: Choice, build: Callable[[optuna.Trial], Recipe], *, directions: Sequence[str], seed: int) -> None:
+        self._sampler, self._build, self._directions, self._seed = sampler, build, list(directions), seed
+        self._keeps_all = sampler.entry.facts["keeps_all"]
+        self._finished: list[tuple[int, FrozenTrial]] = []
+        self._running: dict[int, FrozenTrial] = {}
+        self._refresh()
+
+    def ask(self, number: int, fixed: Mapping[str, Any] | None = None) -> Proposal:
+        """Propose trial `number`; `fixed` parameters are taken as given. Raises UserError if one of them is not used or not legal."""
+        self._study.sampler = self._sampler(stream_seed(self._seed, "propose", number) % 2**32)
+        if fixed:
+            self._study.enqueue_trial(dict(fixed))
+        trial = self._study.ask()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # a fixed value outside its range is an error below, not a warning
+            recipe = self._build(trial)
+        for name, value in (fixed or {}).items():
+            if trial.params.get(name) != value:
+                raise UserError(f"The trial {dict(fixed or {})} sets '{name}' to {value!r}, which the space does not have. Correct the space.")
+        frozen = self._study._storage.get_trial(trial._trial_id)
+        self._ids[number] = trial._trial_id
+        self._running[number] = frozen
+        system = {key: value for key, value in frozen.system_attrs.items() if key != "fixed_params"}
+        return Proposal(number, recipe, dict(trial.params), dict(trial.distributions), system)
+
+    def tell(self, number: int, state: TrialState, values: Sequence[float] | None, constraints: Mapping[str, float]) -> None:
+        """Let the sampler know how a trial ended."""
+        trial = optuna.Trial(self._study, self._ids.pop(number))
+        for key, value in constraints.items():
+            trial.set_constraint(key, value)
+        told = self._study.tell(trial, values, state=state)
+        self._running.pop(number)
+        self._finished.append((number, told))
+        if not self._keeps_all and len(self._finished) >= 2 * FIT_SET:
+            self._finished = self._best_and_latest()
+            self._refresh()
+
+    def restore(self, trials: Sequence[FrozenTrial]) -> None:
+        """Start from the trials of a journal, running ones included."""
+        finished = [(trial.number, trial) for trial in trials if trial.state.is_finished()]
+        self._running = {trial.number: trial for trial in trials if not trial.state.is_finished()}
+        self._finished = []
+        # Trimming happens at fixed counts, so a resumed search fits to the same trials as an undisturbed one.
+        for row in finished:
+            self._finished.append(row)
+            if not self._keeps_all and len(self._finished) >= 2 * FIT_SET:
+                self._finished = self._best_and_latest()
+        self._refresh()
+
+
+    def _best_and_latest(self) -> list[tuple[int, FrozenTrial]]:
+        latest = self._finished[-FIT_SET // 2 :]
+        rest = self._finished[: -FIT_SET // 2]
+        signs = [1 if direction == "maximize" else -1 for direction in self._directions]
+
+        def worth(row: tuple[int, FrozenTrial]) -> tuple[bool, int]:
+            values = row[1].values
+            if not values or row[1].state != TrialState.COMPLETE:
+                return (True, 0)
+            beaten = sum(
+                all(s * o >= s * v for s, o, v in zip(signs, other.values, values, strict=True)) and list(other.values) != list(values)
+                for _, other in rest
+                if other.values
+            )
+            return (False, beaten)
+
+        best = sorted(rest, key=worth)[: FIT_SET // 2]
+        return sorted(best, key=lambda row: row[0]) + latest
+
+    def _refresh(self) -> None:
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        self._study = optuna.create_study(directions=self._directions)
+        self._study.add_trials([trial for _, trial in self._finished])
+        storage, study_id = self._study._storage, self._study._study_id
+        self._ids = {number: storage.create_new_trial(study_id, trial) for number, trial in sorted(self._running.items())}

@@ -1,0 +1,171 @@
+"""A search on Ray Tune: the only file that imports it. Ray places trials and carries reports; the book decides."""
+
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+# Before ray is imported. Workers use the driver's interpreter and files; nothing is printed, logged or snapshotted by Ray:
+# the journal and the report stream are the truth, and a resumed search starts a new Tuner.
+os.environ.update(
+    RAY_ENABLE_UV_RUN_RUNTIME_ENV="0",
+    RAY_AIR_NEW_OUTPUT="0",
+    RAY_CHDIR_TO_TRIAL_DIR="0",
+    RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS="0",
+    RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0",
+    TUNE_DISABLE_AUTO_CALLBACK_LOGGERS="1",
+    TUNE_DISABLE_STRICT_METRIC_CHECKING="1",
+    TUNE_DISABLE_SIGINT_HANDLER="1",
+    TUNE_GLOBAL_CHECKPOINT_S="1000000000",
+    TUNE_PRINT_ALL_TRIAL_ERRORS="0",
+)
+
+import ray
+from ray import tune
+from ray.tune.experiment import Trial as RayTrial
+from ray.tune.schedulers import FIFOScheduler
+from ray.tune.search import Searcher
+
+from distprune.search.book import Assignment, Book
+from distprune.search.trial import Job, run_trial
+
+WORKER_DEATHS = 3  # restarts of a trial whose worker died, before it is told as failed
+
+
+class Worker(tune.Trainable):  # type: ignore[misc]
+    """Runs one trial after another in the same process."""
+
+    def setup(self, config: dict[str, Any]) -> None:
+        self._rows = run_trial(Job(**json.loads(config["job"])))
+
+    def step(self) -> dict[str, Any]:
+        row = next(self._rows)
+        return {"r": json.dumps(row), "done": row["final"]}
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        self.cleanup()
+        self.setup(new_config)
+        return True
+
+    def cleanup(self) -> None:
+        self._rows.close()
+        import gc
+
+        import torch
+
+        gc.collect()  # a state and its optimizer are a cycle
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+class _Face:
+    """What Ray pickles with a Tuner leaves the search's state at home."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return self
+
+
+class Face(_Face, Searcher):  # type: ignore[misc]
+    """The book as Ray's searcher."""
+
+    def __init__(self, book: Book, job: Callable[[Assignment], Job], numbers: dict[str, int], ended: Callable[[int], None]) -> None:
+        super().__init__(metric="r", mode="max")
+        self._book, self._job, self._numbers, self._ended = book, job, numbers, ended
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str:
+        assignment = self._book.next()
+        if assignment is None:
+            return str(Searcher.FINISHED)
+        self._numbers[trial_id] = assignment.number
+        return {"job": json.dumps(self._job(assignment).plain())}
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        number = self._numbers[trial_id]
+        self._book.finish(number, lost="its worker died again and again" if error else "")
+        self._ended(number)
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: the journal is the truth."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing: a resumed search starts a new Tuner."""
+
+
+class Gate(_Face, FIFOScheduler):  # type: ignore[misc]
+    """The book as Ray's scheduler."""
+
+    def __init__(self, book: Book) -> None:
+        super().__init__()
+        self._book = book
+
+    def on_trial_result(self, tune_controller: Any, trial: RayTrial, result: dict[str, Any]) -> str:
+        goes_on = self._book.hear(json.loads(result["r"]))
+        return str(self.CONTINUE if goes_on else self.STOP)
+
+
+class Draw(_Face, tune.Callback):  # type: ignore[misc]
+    """The progress display as Ray's callback, a few times a second."""
+
+    def __init__(self, draw: Callable[[], None]) -> None:
+        self._draw, self._latest = draw, 0.0
+
+    def on_step_end(self, iteration: int, trials: list[RayTrial], **info: Any) -> None:
+        if time.monotonic() - self._latest > 0.3:
+            self._latest = time.monotonic()
+            self._draw()
+
+    def on_trial_complete(self, iteration: int, trials: list[RayTrial], trial: RayTrial, **info: Any) -> None:
+        trial.run_metadata.last_result = {}  # 84 KB a finished trial otherwise
+        trial.run_metadata.metric_analysis = {}
+
+
+def connect(address: str | None) -> dict[str, float]:
+    """Join the cluster at `address` (or the one this process runs in), or start Ray on this machine; returns its resources."""
+    if not ray.is_initialized():
+        inside = address or os.environ.get("RAY_ADDRESS")
+        options = {"address": inside} if inside else {"include_dashboard": False, "num_cpus": os.cpu_count()}
+        ray.init(**options, log_to_driver=False, logging_level="ERROR", configure_logging=True)
+    return {str(name): float(amount) for name, amount in ray.cluster_resources().items()}
+
+
+def run(
+    book: Book,
+    *,
+    job: Callable[[Assignment], Job],
+    slots: int,
+    cpus: int,
+    gpus: float,
+    ended: Callable[[int], None],
+    draw: Callable[[], None],
+) -> None:
+    """Run until the book has no trial left. Raises KeyboardInterrupt on Ctrl-C; what runs then can be resumed."""
+    scratch = Path(tempfile.mkdtemp(prefix="distprune-ray-"))
+    try:
+        tuner = tune.Tuner(
+            tune.with_resources(Worker, {"cpu": cpus, "gpu": gpus} if gpus else {"cpu": cpus}),
+            tune_config=tune.TuneConfig(
+                search_alg=Face(book, job, {}, ended),
+                scheduler=Gate(book),
+                num_samples=-1,
+                max_concurrent_trials=slots,
+                reuse_actors=True,
+                trial_dirname_creator=lambda trial: str(trial.trial_id),
+            ),
+            run_config=tune.RunConfig(
+                name="search",
+                storage_path=str(scratch),
+                callbacks=[Draw(draw)],
+                failure_config=tune.FailureConfig(max_failures=WORKER_DEATHS),
+                verbose=0,
+            ),
+        )
+        tuner.fit()
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)

@@ -1,0 +1,169 @@
+"""One trial as its worker runs it: from a job, which is plain data, to reports, which are plain data."""
+
+import json
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distprune.core.executor import Report, execute
+from distprune.core.lengths import to_steps
+from distprune.core.loop import Diverged
+from distprune.core.metrics import collapsed, flops
+from distprune.core.plan import Plan
+from distprune.core.projection import project
+from distprune.core.recipe import Recipe
+from distprune.core.run import Run, prepare
+from distprune.core.stages import Prune
+from distprune.errors import UserError
+from distprune.store.folder import RunFolder
+
+CHECKPOINT_EVERY_S = 60.0  # besides those at rungs and at the end
+_KEPT_CHECKPOINTS = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What a worker is told: everything as plain data, so that any worker anywhere can run it."""
+
+    number: int
+    recipe: dict[str, Any]
+    folder: str  # the run folder
+    rungs: list[int]  # costs
+    report_every: str
+    recovery: str
+    known: int  # reports that the driver has already; those after it are sent again
+    threads: int
+    device: str
+    working_dir: str  # where the user's modules and data are looked for
+
+    def plain(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def run_trial(job: Job) -> Iterator[dict[str, Any]]:
+    """Yield a row of `reports.arrows` at each report. Never raises: what goes wrong is the last row, and the worker lives on."""
+    attempt = uuid.uuid4().hex[:8]
+    base = {"trial": job.number, "attempt": attempt}
+    count = 0
+    try:
+        for row in _rows(job, base):
+            count = row["index"] + 1
+            yield row
+    except Exception as error:  # whatever a user's model, data or loss may raise
+        yield {**base, **_failure(error), "index": max(count, job.known), "final": True, "rung": -1}
+
+
+def _failure(error: Exception) -> dict[str, Any]:
+    if isinstance(error, Diverged):
+        ended = "nan"
+    elif isinstance(error, torch.OutOfMemoryError):
+        ended = "oom"
+    else:
+        ended = "error"
+    text = str(error) if isinstance(error, UserError | Diverged) else f"{type(error).__name__}: {error}"
+    return {"ended": ended, "extra": json.dumps({"reason": " ".join(text.split())[:500]})}
+
+
+def _rows(job: Job, base: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    os.chdir(job.working_dir)
+    torch.set_num_threads(job.threads)
+    started = time.monotonic()
+    run = prepare(Recipe.read(job.recipe), device=job.device, report_every=job.report_every)
+    folder = RunFolder(Path(job.folder))
+    outbox = _restore(folder, job, run)
+    yield from (row for row in outbox if row["index"] >= job.known)
+    if outbox and outbox[-1]["final"]:
+        return
+    grace = grace_cost(run.plan)
+    recovery = to_steps(job.recovery, steps_per_epoch=run.env.task.steps_per_epoch(run.recipe.train.batch_size))
+    rung = max((row["rung"] for row in outbox), default=-1)
+    resumed_at, saved_at = run.state.ledger.cost, started
+    kept_checkpoints: list[Path] = []
+    for report in execute(run.plan, run.state, run.env):
+        row = {**base, **_row(report, run)}
+        crossed = rung if report.cost < grace else sum(report.cost >= cost for cost in job.rungs) - 1
+        if crossed > rung and not report.final:
+            row["score"], spent = project(run.state, run.recipe, run.env, recovery=recovery)
+            run.state.ledger.observing += spent
+        elif report.final:
+            row["score"] = row["objective"]
+        row |= {"rung": crossed, "spent": report.cost - resumed_at + run.state.ledger.observing, "wall_s": time.monotonic() - started}
+        outbox.append(row)
+        if crossed > rung or report.final or time.monotonic() - saved_at > CHECKPOINT_EVERY_S:
+            saved_at = time.monotonic()
+            kept_checkpoints.append(_save(folder, run, outbox))
+            for old in kept_checkpoints[:-_KEPT_CHECKPOINTS]:
+                shutil.rmtree(old, ignore_errors=True)
+        rung = crossed
+        yield row
+
+
+def _row(report: Report, run: Run) -> dict[str, Any]:
+    extra = {"metrics": report.metrics, "stage": report.stage, "clock": report.clock, "lap": report.lap}
+    if report.final:
+        masks, state = run.state.masks, run.state
+        dense = run.flops()
+        extra |= {
+            "key": run.key,
+            "layers": masks.counts,
+            "params": sum(p.numel() for p in state.model.parameters()) - masks.total + masks.kept,
+            "flops": flops(dense, masks),
+            "dense_flops": sum(dense.values()),
+            "collapsed": collapsed(state.model, masks, run.env.task.example()),
+            "ledger": asdict(state.ledger),
+        }
+    return {
+        "index": report.index,
+        "final": report.final,
+        "ended": "finished" if report.final else "",
+        "step": report.clock,
+        "cost": float(report.cost),
+        "sparsity": report.sparsity,
+        "kept": report.kept,
+        "objective": report.metrics[run.env.task.objective],
+        "score": None,
+        "extra": json.dumps(extra),
+    }
+
+
+def grace_cost(plan: Plan) -> int:
+    """The bill (samples) up to which a trial is not judged: the end of the first round of a plan that prunes in rounds, else 0."""
+    prunes = [index for index, stage in enumerate(plan.stages) if isinstance(stage, Prune)]
+    return sum(plan.costs()[: prunes[1]]) if len(prunes) > 1 else 0
+
+
+def _save(folder: RunFolder, run: Run, outbox: list[dict[str, Any]]) -> Path:
+    """Write a checkpoint with all reports of the trial so far, so that it is never ahead of what can be reported."""
+    last = outbox[-1]
+    target = folder.checkpoint(last["trial"], last["attempt"], last["index"])
+    aside = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
+    aside.mkdir(parents=True)
+    run.state.save(aside / "state.safetensors", key=run.key, outbox=outbox)
+    aside.rename(target)
+    return target
+
+
+def _restore(folder: RunFolder, job: Job, run: Run) -> list[dict[str, Any]]:
+    """Load the newest readable checkpoint of any attempt into the run's state and return its reports; unreadable ones are passed over."""
+    for checkpoint in checkpoints(folder, job.number):
+        try:
+            facts = run.state.load(checkpoint / "state.safetensors")
+        except UserError:
+            continue
+        if facts["key"] == run.key:
+            return list(facts["outbox"])
+    return []
+
+
+def checkpoints(folder: RunFolder, number: int) -> list[Path]:
+    """The checkpoints of a trial, the farthest first."""
+    found = [path for path in folder.checkpoints.glob(f"{number}/*/*") if path.name.isdigit()]
+    return sorted(found, key=lambda path: (-int(path.name), str(path)))

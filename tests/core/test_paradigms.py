@@ -1,0 +1,172 @@
+"""Laws that every paradigm keeps, and those of single ones."""
+
+from typing import Any
+
+import pytest
+import torch
+from toys import finish, ready, recipe, same, tensors
+
+from distprune.core import registry
+from distprune.core.executor import execute
+from distprune.core.keys import keys
+from distprune.core.stages import Prune, SetWeights, Train
+from distprune.errors import UserError
+
+QUICK: dict[str, Any] = {"lth": {"name": "lth", "share": 0.7, "rewind_to": "10%"}}
+PARADIGMS = [QUICK.get(name, name) for name in registry.paradigm.names()]
+OPTIMIZERS = [{"name": "sgd", "lr": 0.05, "weight_decay": 1e-2}, {"name": "adamw", "lr": 3e-3, "weight_decay": 0.1}]
+each = pytest.mark.parametrize("paradigm", PARADIGMS, ids=lambda value: value if isinstance(value, str) else value["name"])
+
+
+@each
+@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda value: value["name"])
+def test_budget_zeros_and_bill(paradigm: Any, optimizer: dict[str, Any]) -> None:
+    run = ready(paradigm, regularizer="l2", train={"optimizer": optimizer})
+    state = run.state
+    reports = finish(run)
+    expected = 0.0 if paradigm == "dense" else 0.9
+    assert reports[-1].final and not any(report.final for report in reports[:-1])
+    assert abs(state.masks.sparsity - expected) <= 0.5 / state.masks.total
+    for name, mask in state.masks.items():
+        assert not state.weights[name][~mask].any()
+        assert all(not tensor[~mask].any() for tensor in state.memory[name].values() if tensor.shape == mask.shape)
+        if state.weights[name].grad is not None and paradigm != "dense":
+            assert not state.weights[name].grad[~mask].any(), "gradients as the optimizer sees them"
+    assert reports[-1].cost == run.plan.cost, "the bill is a pure function of the plan"
+    assert [report.index for report in reports] == list(range(len(reports)))
+
+
+@each
+def test_learns(paradigm: Any) -> None:
+    run = ready(paradigm, sparsity=0.8, train={"length": "15ep"})
+    assert finish(run)[-1].metrics["accuracy"] > 0.6, "chance is 0.1"
+
+
+@each
+def test_same_seed_same_bits_other_seed_other_bits(paradigm: Any) -> None:
+    runs = [ready(paradigm, seed=seed) for seed in (0, 0, 1)]
+    for run in runs:
+        finish(run)
+    assert same(tensors(runs[0]), tensors(runs[1])) and not same(tensors(runs[0]), tensors(runs[2]))
+
+
+@each
+def test_the_outer_random_generator_is_left_alone(paradigm: Any) -> None:
+    run = ready(paradigm)
+    before = torch.get_rng_state()
+    for _ in execute(run.plan, run.state, run.env):
+        assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_lth_rewinds_to_the_snapshot_and_nests_its_masks() -> None:
+    run = ready({"name": "lth", "share": 0.5, "rewind_to": "25%"})
+    stages, state = run.plan.stages, run.state
+    work = execute(run.plan, state, run.env)
+    masks = [state.masks]
+    for report in work:
+        if isinstance(stages[min(state.stage, len(stages) - 1)], Prune) and report.stage == state.stage:
+            # Drive the two stages after this report by hand, on the live state.
+            list(stages[state.stage].run(state, run.env))
+            masks.append(state.masks)
+            assert masks[-1].nested_in(masks[-2])
+            assert isinstance(stages[state.stage + 1], SetWeights)
+            list(stages[state.stage + 1].run(state, run.env))
+            for name, mask in state.masks.items():
+                assert torch.equal(state.weights[name].detach(), state.snapshots["rewind"][name] * mask)
+            state.stage += 2
+    assert len(masks) == 5, "1, .5, .25, .125 and the clipped .1"
+    assert state.masks.kept == round(0.1 * state.masks.total)
+
+
+def test_lth_with_inherited_weights_rewinds_the_learning_rate_only() -> None:
+    plan = ready({"name": "lth", "weights": "inherit", "share": 0.5}, sparsity=0.5).plan
+    assert not any(isinstance(stage, SetWeights) for stage in plan.stages)
+    assert [stage.since for stage in plan.stages if isinstance(stage, Train)] == [None, 0]
+
+
+def test_late_rewinding_keeps_the_first_steps_of_the_dense_run() -> None:
+    plan = ready({"name": "lth", "rewind_to": "25%", "share": 0.5}, sparsity=0.5).plan
+    trains = [stage for stage in plan.stages if isinstance(stage, Train)]
+    assert [(stage.since, stage.until) for stage in trains] == [(None, 10), (None, 40), (10, 40)]
+
+
+def test_scratch_draws_new_weights() -> None:
+    run = ready("scratch")
+    stages, state = run.plan.stages, run.state
+    for report in execute(run.plan, state, run.env):
+        if report.stage == 1:
+            break
+    trained = state.values()
+    list(stages[1].run(state, run.env))
+    list(stages[2].run(state, run.env))
+    mask = state.masks["6.weight"]
+    assert not torch.equal(state.weights["6.weight"][mask], trained["6.weight"][mask]) and not state.weights["6.weight"][~mask].any()
+
+
+def test_finetune_replays_the_end_of_the_schedule_or_stays_at_the_last_rate() -> None:
+    replay = [s for s in ready({"name": "finetune", "tune": "50%"}).plan.stages if isinstance(s, Train)]
+    last = [s for s in ready({"name": "finetune", "tune": "50%", "rate": "last"}).plan.stages if isinstance(s, Train)]
+    assert [(s.since, s.until) for s in replay] == [(None, 40), (20, 40)]
+    assert [(s.since, s.until) for s in last] == [(None, 40), (40, 60)]
+
+
+def test_gradual_masks_are_nested_and_end_on_time() -> None:
+    run = ready({"name": "gradual", "begin": "10%", "end": "75%", "updates": 5}, report_every="1it")
+    masks = run.state.masks
+    for report in execute(run.plan, run.state, run.env):
+        assert run.state.masks.nested_in(masks)
+        masks = run.state.masks
+        assert (report.sparsity > 0) == (report.clock >= 4)
+        assert report.clock < 30 or report.kept == round(0.1 * masks.total)
+
+
+@pytest.mark.parametrize("growth", ["random", "gradient"])
+def test_dynamic_keeps_every_layers_count_and_moves_weights(growth: str) -> None:
+    run = ready({"name": "dynamic", "growth": growth, "updates": 5}, report_every="1it")
+    counts, first, changes = None, None, 0
+    for _ in execute(run.plan, run.state, run.env):
+        masks = run.state.masks
+        first, counts = first or masks, counts or masks.counts
+        assert masks.counts == counts
+        changes += not masks.equal(first)
+    assert changes
+
+
+def test_rigl_drops_the_smallest_and_grows_the_largest_gradient() -> None:
+    from distprune.core.hooks.updates import regrown
+
+    mask = torch.tensor([True, True, True, True, False, False, False])
+    magnitude = torch.tensor([4.0, 3.0, 2.0, 1.0, 0.0, 0.0, 0.0])
+    growth = torch.tensor([9.0, 9.0, 9.0, 5.0, 1.0, 8.0, 7.0])
+    # Half of four is two: 2.0 and 1.0 go; among the free, 9.0 (just dropped) and 8.0 grow.
+    assert regrown(mask, magnitude, growth, 0.5).tolist() == [True, True, True, False, False, True, False]
+
+
+@pytest.mark.parametrize(
+    ("paradigm", "changes", "message"),
+    [
+        ("dense", {"sparsity": 0.5}, "prunes nothing, so sparsity must be 0, got 0.5"),
+        ("at_init", {"sparsity": 0.0}, "needs a sparsity above 0, got 0"),
+        ("dynamic", {"sparsity": 0.5, "allocator": "global"}, "allocator 'global' ranks scores, and paradigm 'dynamic' starts from random masks"),
+    ],
+)
+def test_illegal_recipes_say_why(paradigm: str, changes: dict[str, Any], message: str) -> None:
+    from toys import BASE
+
+    from distprune.core.recipe import Recipe
+
+    with pytest.raises(UserError, match=message):
+        Recipe.read({**BASE, "paradigm": paradigm, **changes})
+
+
+def test_lengths_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(UserError, match="rewind_to must be before the end of training at step 40, got step 50"):
+        recipe({"name": "lth", "rewind_to": "50it"}).plan(10)
+    with pytest.raises(UserError, match=r"paradigm.begin < paradigm.end <= train.length must hold, got steps 30, 20, 40"):
+        recipe({"name": "gradual", "begin": "30it", "end": "20it"}).plan(10)
+
+
+def test_every_plan_has_distinct_keys_but_for_snapshots() -> None:
+    plan = ready(QUICK["lth"]).plan
+    found = keys("root", plan)
+    assert len(set(found)) == len(found) - sum(stage.transparent for stage in plan.stages)

@@ -1,0 +1,102 @@
+"""Small parts for tests: a data set and networks, reached from recipes as `import: "toys:name"`."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from distprune.core.data.dataset import Dataset, Split
+from distprune.core.executor import Env, Report, execute
+from distprune.core.recipe import Recipe
+from distprune.core.run import Run, prepare
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+def blobs(*, train: int = 320) -> Dataset:
+    """Noisy templates of 10 classes, 8x8."""
+    generator = torch.Generator().manual_seed(0)
+    templates = torch.randint(40, 216, (10, 1, 8, 8), generator=generator).float()
+
+    def split(n: int) -> Split:
+        labels = torch.randint(10, (n,), generator=generator)
+        noise = 40 * torch.randn(n, 1, 8, 8, generator=generator)
+        return Split((templates[labels] + noise).clamp(0, 255).byte(), labels)
+
+    return Dataset("blobs", split(train), split(100), split(100), classes=10, mean=(0.5,), std=(0.25,))
+
+
+def network(shape: tuple[int, int, int], classes: int, *, hidden: int = 32) -> nn.Module:
+    """Convolution, batch normalisation, dropout and two linear layers: everything that makes resuming hard."""
+    return nn.Sequential(
+        nn.Conv2d(shape[0], 6, 3, padding=1),
+        nn.BatchNorm2d(6),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Dropout(0.2),
+        nn.Linear(6 * (shape[1] // 2) * (shape[2] // 2), hidden),
+        nn.ReLU(),
+        nn.Linear(hidden, classes),
+    )
+
+
+def raises(shape: tuple[int, int, int], classes: int) -> nn.Module:
+    """A network whose forward pass fails."""
+
+    class Broken(nn.Linear):
+        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+            if self.training:
+                raise RuntimeError("this network is broken")
+            return super().forward(inputs.flatten(1))
+
+    return Broken(shape[1] * shape[2] * shape[0], classes)
+
+
+def nothing(shape: tuple[int, int, int], classes: int) -> nn.Module:
+    """A network without prunable weights."""
+    return nn.Sequential(nn.Flatten(), nn.BatchNorm1d(shape[0] * shape[1] * shape[2]))
+
+
+BASE: dict[str, Any] = {
+    "model": {"import": "toys:network"},
+    "data": {"import": "toys:blobs"},
+    "train": {"length": "4ep", "batch_size": 32, "optimizer": {"name": "sgd", "lr": 0.05}},
+}
+
+
+def recipe(paradigm: Any = "at_init", sparsity: float = 0.9, **changes: Any) -> Recipe:
+    """A recipe on the toys; `train` is merged."""
+    train = {**BASE["train"], **changes.pop("train", {})}
+    name = paradigm if isinstance(paradigm, str) else paradigm["name"]
+    return Recipe.read(
+        {**BASE, "paradigm": paradigm, "sparsity": 0.0 if name == "dense" else sparsity, "allocator": "erk", **changes, "train": train}
+    )
+
+
+def ready(paradigm: Any = "at_init", sparsity: float = 0.9, *, report_every: str = "1ep", **changes: Any) -> Run:
+    """That recipe, prepared."""
+    return prepare(recipe(paradigm, sparsity, **changes), report_every=report_every)
+
+
+def finish(run: Run) -> list[Report]:
+    """Run to the end."""
+    return list(execute(run.plan, run.state, run.env))
+
+
+def tensors(run: Run) -> dict[str, torch.Tensor]:
+    """All tensors of a state that a later step depends on."""
+    state = run.state
+    found = {f"model/{name}": value for name, value in state.values().items()} | {f"masks/{name}": mask for name, mask in state.masks.items()}
+    for room, rows in (("memory", state.memory), ("slots", state.slots)):
+        found |= {f"{room}/{owner}/{key}": v for owner, row in rows.items() for key, v in row.items() if isinstance(v, torch.Tensor)}
+    return found
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    """Whether both hold the same bits."""
+    return a.keys() == b.keys() and all(torch.equal(value, b[name]) for name, value in a.items())
+
+
+__all__ = ["BASE", "REPOSITORY", "Env", "blobs", "finish", "network", "nothing", "raises", "ready", "recipe", "same", "tensors"]
