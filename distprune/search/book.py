@@ -232,7 +232,7 @@ class Book:
                 self._decide(entry, row)
         for entry, trial in zip(self.entries, trials, strict=True):
             if trial.state.is_finished():
-                entry.ended, entry.told = trial.user_attrs["ended"], True
+                entry.ended, entry.told = trial.user_attrs["end"]["ended"], True
         self._proposer.restore(trials)
         counts = {"ended": sum(entry.told for entry in self.entries), "told now": 0, "queued again": 0}
         for entry in self.entries:

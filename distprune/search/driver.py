@@ -32,7 +32,7 @@ def start(search: Search, *, address: str | None = None, listen: Listener) -> Ru
         check_gpus(search)
     listen("checking", {"search": search})
     setup = set_up(search)
-    folder = RunFolder.create(search.folder)
+    folder = RunFolder(search.folder).create()
     write_search(folder, search)
     return _drive(setup, folder, address=address, listen=listen)
 
@@ -66,7 +66,7 @@ def read_search(folder: RunFolder) -> Search:
 def _drive(setup: Setup, folder: RunFolder, *, address: str | None, listen: Listener) -> RunFolder:
     search = setup.search
     with lock(folder.path):
-        truth = Truth.open(folder.journal, search.name, DIRECTIONS, create=not folder.journal.exists())
+        truth = Truth.open(folder.journal, search.name, DIRECTIONS)
         rows, damage = recover(folder.reports)
         if damage:
             listen("damaged", {"message": damage})

@@ -109,6 +109,10 @@ class Gate(_Face, FIFOScheduler):  # type: ignore[misc]
         goes_on = self._book.hear(json.loads(result["r"]))
         return str(self.CONTINUE if goes_on else self.STOP)
 
+    def on_trial_complete(self, tune_controller: Any, trial: RayTrial, result: dict[str, Any]) -> None:
+        if "r" in result:  # the last report of a trial comes here alone
+            self._book.hear(json.loads(result["r"]))
+
 
 class Draw(_Face, tune.Callback):  # type: ignore[misc]
     """The progress display as Ray's callback, a few times a second."""

@@ -68,9 +68,7 @@ class Space:
         choices = {"paradigm": self._choice(trial, "paradigm", paradigm)}
         for axis in self._used(paradigm):
             legal = self._legal[paradigm.label, axis]
-            # Optuna wants one set of values for one name, so a narrowed axis has a name of its own.
-            name = axis if legal == self.axes[axis] else f"{axis}/{paradigm.label}"
-            choices[axis] = self._choice(trial, axis, self._pick(trial, name, legal))
+            choices[axis] = self._choice(trial, axis, self._pick(trial, self._parameter(axis, paradigm, legal), legal))
         train = self._base.train
         if "optimizer" in choices:
             train = replace(train, optimizer=choices.pop("optimizer"))
@@ -84,22 +82,26 @@ class Space:
         waiting = {axis: [candidate.label for candidate in candidates] for axis, candidates in self.axes.items()}
         first: list[dict[str, Any]] = []
         while True:
-            found = False
+            before = len(first)
             for paradigm in self.axes["paradigm"]:
-                fixed, news = {"paradigm": paradigm.label}, paradigm.label in waiting["paradigm"]
+                chosen = {"paradigm": (paradigm, self.axes["paradigm"])}
                 for axis in self._used(paradigm):
                     legal = self._legal[paradigm.label, axis]
-                    new = next((candidate.label for candidate in legal if candidate.label in waiting[axis]), None)
-                    name = axis if legal == self.axes[axis] else f"{axis}/{paradigm.label}"
-                    if new is not None:
-                        fixed[name], news = new, True
-                        waiting[axis].remove(new)
-                if news:
-                    waiting["paradigm"] = [label for label in waiting["paradigm"] if label != paradigm.label]
-                    first.append(fixed)
-                    found = True
-            if not found:
+                    if new := [candidate for candidate in legal if candidate.label in waiting[axis]]:
+                        chosen[axis] = (new[0], legal)
+                if any(candidate.label in waiting[axis] for axis, (candidate, _) in chosen.items()):
+                    for axis, (candidate, _) in chosen.items():
+                        waiting[axis] = [label for label in waiting[axis] if label != candidate.label]
+                    # With one candidate there is nothing to choose, and no parameter.
+                    first.append(
+                        {self._parameter(axis, paradigm, legal): candidate.label for axis, (candidate, legal) in chosen.items() if len(legal) > 1}
+                    )
+            if len(first) == before:
                 return first
+
+    def _parameter(self, axis: str, paradigm: Candidate, legal: list[Candidate]) -> str:
+        """Optuna wants one set of values for one name, so an axis that a paradigm narrows has a name of its own."""
+        return axis if legal == self.axes[axis] else f"{axis}/{paradigm.label}"
 
     def _used(self, paradigm: Candidate) -> list[str]:
         uses = paradigm_uses(paradigm)

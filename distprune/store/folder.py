@@ -1,0 +1,79 @@
+"""Where everything of a run lies."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from distprune.errors import UserError
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A run folder; nothing in it is written or read under a path that is not named here."""
+
+    path: Path
+
+    @classmethod
+    def existing(cls, path: str | Path) -> "RunFolder":
+        """The run folder at `path`. Raises UserError if there is none."""
+        folder = cls(Path(path))
+        if not folder.search_yaml.is_file():
+            others = sorted(other.parent for other in folder.path.parent.glob("*/search.yaml")) if folder.path.parent.is_dir() else []
+            known = f" There are: {', '.join(map(str, others[:8]))}." if others else " Start one with: distprune search configs/digits.yaml"
+            raise UserError(f"{path} is not a run folder: it has no search.yaml.{known}")
+        return folder
+
+    def check_new(self) -> None:
+        """Raise UserError if something is there already."""
+        if self.path.exists() and any(self.path.iterdir()):
+            raise UserError(f"{self.path} exists already. Go on with it: distprune resume {self.path}; or choose another name: --name NAME.")
+
+    def create(self) -> "RunFolder":
+        """Make the folder."""
+        self.check_new()
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        return self
+
+    @property
+    def search_yaml(self) -> Path:
+        """The resolved search, versions and commit."""
+        return self.path / "search.yaml"
+
+    @property
+    def journal(self) -> Path:
+        """Optuna's journal: the truth about trials."""
+        return self.path / "study.journal"
+
+    @property
+    def reports(self) -> Path:
+        """All reports, as an append-only Arrow stream."""
+        return self.path / "reports.arrows"
+
+    @property
+    def reports_parquet(self) -> Path:
+        """The same, once the search has ended."""
+        return self.path / "reports.parquet"
+
+    @property
+    def trials(self) -> Path:
+        """A row a trial."""
+        return self.path / "trials.parquet"
+
+    @property
+    def masks(self) -> Path:
+        """Masks of the trials on the front."""
+        return self.path / "masks"
+
+    @property
+    def checkpoints(self) -> Path:
+        """States of running trials and of those on the front."""
+        return self.path / "checkpoints"
+
+    def masks_file(self, trial: int) -> Path:
+        """The masks of one trial."""
+        return self.masks / f"{int(trial)}.safetensors"
+
+    def checkpoint(self, trial: int, attempt: str, index: int) -> Path:
+        """The folder of a checkpoint. Raises ValueError for an attempt that is not a plain name."""
+        if not attempt.isalnum():
+            raise ValueError(f"an attempt must be letters and digits, got {attempt!r}")
+        return self.checkpoints / str(int(trial)) / attempt / str(int(index))

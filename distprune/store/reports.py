@@ -1,0 +1,154 @@
+"""`reports.arrows`: every report of every trial, appended as it comes, readable while it grows.
+
+An Arrow IPC stream of a fixed schema. Readers tolerate a torn tail; every row carries a checksum, so that damage in the middle costs the
+rows it hit and none after them. A report is known by (trial, index): the first row of it counts.
+"""
+
+import json
+import time
+import uuid
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from distprune.store import files
+
+SCHEMA = pa.schema(
+    [
+        ("trial", pa.int32()),
+        ("attempt", pa.string()),  # one life of a worker on the trial
+        ("index", pa.int32()),  # 0, 1, 2, ... within the trial
+        ("rung", pa.int32()),  # highest rung crossed, -1 for none
+        ("final", pa.bool_()),
+        ("ended", pa.string()),  # '', finished, error, nan, oom
+        ("step", pa.int64()),
+        ("cost", pa.float64()),  # billed samples so far
+        ("spent", pa.float64()),  # samples really run in this attempt
+        ("sparsity", pa.float64()),
+        ("kept", pa.int64()),
+        ("objective", pa.float64()),
+        ("score", pa.float64()),  # at rungs and at the end
+        ("wall_s", pa.float64()),  # of this attempt
+        ("extra", pa.string()),  # JSON
+        ("crc", pa.uint32()),
+    ]
+)
+_DEFAULTS = {"attempt": "", "rung": -1, "final": False, "ended": "", "extra": "{}"}
+_FLUSH_EVERY_S = 0.5
+_MARK = b"\xff\xff\xff\xff"  # begins every message of a stream
+
+
+def _checksum(row: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps([row[field.name] for field in SCHEMA if field.name != "crc"]).encode())
+
+
+def _complete(row: Mapping[str, Any]) -> dict[str, Any]:
+    full = {field.name: row.get(field.name, _DEFAULTS.get(field.name)) for field in SCHEMA}
+    for field in SCHEMA:
+        if pa.types.is_float64(field.type) and full[field.name] is not None:
+            full[field.name] = float(full[field.name])
+    return {**full, "crc": _checksum(full)}
+
+
+class ReportWriter:
+    """Appends reports. Rows wait for a flush: at the latest the first `add` half a second after the one before."""
+
+    def __init__(self, path: str | Path, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._path, self._clock = Path(path), clock
+        self._rows: list[dict[str, Any]] = []
+        self._flushed = clock()
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Append a report; missing columns are empty."""
+        self._rows.append(_complete(row))
+        if self._clock() - self._flushed >= _FLUSH_EVERY_S:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what waits, as one batch."""
+        self._flushed = self._clock()
+        if self._rows:
+            begun = self._path.exists() and self._path.stat().st_size > 0
+            batch = pa.RecordBatch.from_pylist(self._rows, schema=SCHEMA)
+            data = batch.serialize().to_pybytes()
+            files.append(self._path, data if begun else SCHEMA.serialize().to_pybytes() + data)
+            self._rows = []
+
+    def __enter__(self) -> "ReportWriter":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.flush()
+
+
+def read(path: str | Path) -> pa.Table:
+    """The intact reports of a stream that may be growing, torn or damaged."""
+    rows, _, _ = _scan(Path(path))
+    return pa.Table.from_pylist(rows, schema=SCHEMA)
+
+
+def recover(path: str | Path) -> tuple[list[dict[str, Any]], str]:
+    """Make a stream fit for appending; returns its reports and a line that says what was wrong, empty if nothing of value was.
+
+    A torn tail is cut. Where intact rows follow the damage, the file is set aside and a new one is made of all intact rows.
+    """
+    path = Path(path)
+    rows, end, damaged = _scan(path)
+    if damaged:
+        aside = path.with_name(f"{path.name}.damaged-{uuid.uuid4().hex[:6]}")
+        path.rename(aside)
+        with ReportWriter(path) as writer:
+            for row in rows:
+                writer.add(row)
+        return rows, f"{path} was damaged in the middle: {len(rows)} intact reports were kept, the old file is {aside.name}."
+    if path.exists() and end < path.stat().st_size:
+        files.cut(path, end)
+    return rows, ""
+
+
+def to_parquet(source: str | Path, target: str | Path) -> None:
+    """The whole stream as one Parquet file."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(read(source), sink)
+    files.publish(target, sink.getvalue().to_pybytes())
+
+
+def _scan(path: Path) -> tuple[list[dict[str, Any]], int, bool]:
+    """(rows, end of the last intact message in bytes, whether something before it is damaged)."""
+    data = path.read_bytes() if path.exists() else b""
+    rows: dict[tuple[int, int], dict[str, Any]] = {}
+    end = position = 0
+    damaged = False
+    for start, stop, batch in _messages(data):
+        damaged |= start != position
+        position = end = stop
+        for row in batch:
+            if row["crc"] == _checksum(row):
+                rows.setdefault((row["trial"], row["index"]), row)
+            else:
+                damaged = True
+    return list(rows.values()), end, damaged
+
+
+def _messages(data: bytes) -> Iterator[tuple[int, int, list[dict[str, Any]]]]:
+    """(start, stop, rows) of every message that can be read; the schema has no rows."""
+    source = pa.py_buffer(data)
+    position = 0
+    while (position := data.find(_MARK, position)) >= 0:
+        stream = pa.BufferReader(source.slice(position))
+        try:
+            message = pa.ipc.read_message(stream)
+            batch = [] if message.type == "schema" else pa.ipc.read_record_batch(message, SCHEMA).to_pylist()
+            stop = position + stream.tell()
+            if stop > len(data):
+                raise EOFError
+        except (pa.ArrowException, OSError, EOFError, ValueError, UnicodeDecodeError):
+            position += 1
+            continue
+        yield position, stop, batch
+        position = stop

@@ -1,0 +1,99 @@
+"""`study.journal`: the truth about trials, an Optuna journal that `optuna` and optuna-dashboard open as it is.
+
+Written by one driver. A trial is born with one record and its end is told with its last, so that a kill leaves no half-written trial.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.distributions import BaseDistribution
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial, TrialState
+
+from distprune.store import files
+
+
+class _Journal(JournalFileBackend):
+    """Optuna's journal file, written by the store's own means. The run's lock makes Optuna's needless."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(str(path))
+        self._path = path
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        lines = "".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs)
+        files.append(self._path, lines.encode(), sync=True)
+
+
+class Truth:
+    """What is known of the trials of a study."""
+
+    def __init__(self, storage: JournalStorage, study_id: int) -> None:
+        self._storage, self._study = storage, study_id
+        self._ids = {trial.number: trial._trial_id for trial in storage.get_all_trials(study_id, deepcopy=False)}
+
+    @classmethod
+    def open(cls, path: str | Path, name: str, directions: Sequence[str]) -> "Truth":
+        """Open or begin the journal at `path`; the caller holds the run's lock. A torn last record is cut, a dead driver's lock removed."""
+        path = Path(path)
+        if path.exists():
+            data = path.read_bytes()
+            if (whole := data.rfind(b"\n") + 1) < len(data):  # Optuna would refuse the journal for ever
+                files.cut(path, whole)
+        for stale in path.parent.glob(f"{path.name}.lock*"):
+            stale.unlink()
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        storage = JournalStorage(_Journal(path))
+        study = optuna.create_study(
+            storage=storage, study_name=name, directions=list(directions), load_if_exists=True, sampler=optuna.samplers.RandomSampler()
+        )
+        return cls(storage, study._study_id)
+
+    def born(
+        self,
+        number: int,
+        params: Mapping[str, Any],
+        distributions: Mapping[str, BaseDistribution],
+        attrs: Mapping[str, Any],
+        system_attrs: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Record trial `number` as running, with one record."""
+        trial = FrozenTrial(
+            number=number,
+            trial_id=-1,
+            state=TrialState.RUNNING,
+            value=None,
+            params=dict(params),
+            distributions=dict(distributions),
+            user_attrs=dict(attrs),
+            system_attrs=dict(system_attrs or {}),
+            intermediate_values={},
+            datetime_start=datetime.now(UTC),
+            datetime_complete=None,
+        )
+        trial_id = self._storage.create_new_trial(self._study, trial)
+        given = self._storage.get_trial(trial_id).number
+        assert given == number, f"the journal gave number {given} to trial {number}"
+        self._ids[number] = trial_id
+
+    def tell(
+        self, number: int, state: TrialState, values: Sequence[float] | None, constraints: Mapping[str, float], attrs: Mapping[str, Any]
+    ) -> bool:
+        """Record how a trial ended; the state comes last and commits the rest. False if it was told before, which changes nothing."""
+        trial_id = self._ids[number]
+        if self._storage.get_trial(trial_id).state.is_finished():
+            return False
+        self._storage.set_trial_user_attr(trial_id, "end", dict(attrs))
+        for key, value in constraints.items():
+            self._storage.set_trial_system_attr(trial_id, f"constraints:{key}", float(value))  # as optuna.Trial.set_constraint stores it
+        self._storage.set_trial_state_values(trial_id, state, values)
+        return True
+
+    def trials(self) -> list[FrozenTrial]:
+        """All trials, by number."""
+        return self._storage.get_all_trials(self._study)
