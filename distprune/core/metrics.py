@@ -12,10 +12,9 @@ from distprune.core.masks import Masks
 
 def layer_flops(model: nn.Module, example: Tensor, names: Mapping[str, Tensor]) -> dict[str, int]:
     """FLOPs (two a multiplication with addition) of a forward pass of one dense sample in the layer of each weight name."""
-    modules = dict(model.named_modules())
     training = model.training
     model.eval()
-    counter = FlopCounterMode(modules, display=False, depth=None)  # type: ignore[arg-type]
+    counter = FlopCounterMode(display=False, depth=None)
     with torch.no_grad(), counter:
         model(example)
     model.train(training)

@@ -135,7 +135,7 @@ def connect(address: str | None) -> dict[str, float]:
     if not ray.is_initialized():
         inside = address or os.environ.get("RAY_ADDRESS")
         options = {"address": inside} if inside else {"include_dashboard": False, "num_cpus": os.cpu_count()}
-        ray.init(**options, log_to_driver=False, logging_level="ERROR", configure_logging=True)
+        ray.init(**options, log_to_driver=False, logging_level="ERROR")
     return {str(name): float(amount) for name, amount in ray.cluster_resources().items()}
 
 
@@ -166,6 +166,7 @@ def run(
                 name="search",
                 storage_path=str(scratch),
                 callbacks=[Draw(draw)],
+                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # the worker writes its own
                 failure_config=tune.FailureConfig(max_failures=WORKER_DEATHS),
                 verbose=0,
             ),

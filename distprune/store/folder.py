@@ -25,7 +25,11 @@ class RunFolder:
     def check_new(self) -> None:
         """Raise UserError if something is there already."""
         if self.path.exists() and any(self.path.iterdir()):
-            raise UserError(f"{self.path} exists already. Go on with it: distprune resume {self.path}; or choose another name: --name NAME.")
+            if not self.search_yaml.is_file():  # nothing to resume: another folder, or a search killed before it began
+                raise UserError(f"{self.path} exists already and holds no search. Remove it, or choose another name: --name NAME.")
+            raise UserError(
+                f"{self.path} exists already. Go on with it: distprune resume {self.path}; or choose another name: --name NAME."
+            )
 
     def create(self) -> "RunFolder":
         """Make the folder."""

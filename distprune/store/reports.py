@@ -40,6 +40,7 @@ SCHEMA = pa.schema(
 )
 _DEFAULTS = {"attempt": "", "rung": -1, "final": False, "ended": "", "extra": "{}"}
 _FLUSH_EVERY_S = 0.5
+_HEAD = SCHEMA.serialize().to_pybytes()
 _MARK = b"\xff\xff\xff\xff"  # begins every message of a stream
 
 
@@ -53,6 +54,10 @@ def _complete(row: Mapping[str, Any]) -> dict[str, Any]:
         if pa.types.is_float64(field.type) and full[field.name] is not None:
             full[field.name] = float(full[field.name])
     return {**full, "crc": _checksum(full)}
+
+
+def _batch(rows: list[dict[str, Any]]) -> bytes:
+    return bytes(pa.RecordBatch.from_pylist(rows, schema=SCHEMA).serialize().to_pybytes())
 
 
 class ReportWriter:
@@ -74,9 +79,8 @@ class ReportWriter:
         self._flushed = self._clock()
         if self._rows:
             begun = self._path.exists() and self._path.stat().st_size > 0
-            batch = pa.RecordBatch.from_pylist(self._rows, schema=SCHEMA)
-            data = batch.serialize().to_pybytes()
-            files.append(self._path, data if begun else SCHEMA.serialize().to_pybytes() + data)
+            data = _batch(self._rows)
+            files.append(self._path, data if begun else _HEAD + data)
             self._rows = []
 
     def __enter__(self) -> "ReportWriter":
@@ -95,16 +99,15 @@ def read(path: str | Path) -> pa.Table:
 def recover(path: str | Path) -> tuple[list[dict[str, Any]], str]:
     """Make a stream fit for appending; returns its reports and a line that says what was wrong, empty if nothing of value was.
 
-    A torn tail is cut. Where intact rows follow the damage, the file is set aside and a new one is made of all intact rows.
+    A torn tail is cut. Where intact rows follow the damage, the file is set aside and a new one is made of all intact rows. Killed
+    anywhere in between, the next call finds the damaged file in its place.
     """
     path = Path(path)
     rows, end, damaged = _scan(path)
     if damaged:
         aside = path.with_name(f"{path.name}.damaged-{uuid.uuid4().hex[:6]}")
-        path.rename(aside)
-        with ReportWriter(path) as writer:
-            for row in rows:
-                writer.add(row)
+        files.publish(aside, path.read_bytes())
+        files.publish(path, _HEAD + _batch(rows))
         return rows, f"{path} was damaged in the middle: {len(rows)} intact reports were kept, the old file is {aside.name}."
     if path.exists() and end < path.stat().st_size:
         files.cut(path, end)
@@ -136,19 +139,28 @@ def _scan(path: Path) -> tuple[list[dict[str, Any]], int, bool]:
 
 
 def _messages(data: bytes) -> Iterator[tuple[int, int, list[dict[str, Any]]]]:
-    """(start, stop, rows) of every message that can be read; the schema has no rows."""
+    """(start, stop, rows) of every message that can be read; the schema has no rows.
+
+    Nothing a damaged message says of itself is believed: offsets that point elsewhere would crash the process, a length that is too
+    large would hide the messages after it.
+    """
     source = pa.py_buffer(data)
     position = 0
     while (position := data.find(_MARK, position)) >= 0:
         stream = pa.BufferReader(source.slice(position))
         try:
             message = pa.ipc.read_message(stream)
-            batch = [] if message.type == "schema" else pa.ipc.read_record_batch(message, SCHEMA).to_pylist()
             stop = position + stream.tell()
+            if message.type == "schema":
+                rows, size = [], len(_HEAD)
+            else:
+                batch = pa.ipc.read_record_batch(message, SCHEMA)
+                batch.validate(full=True)
+                rows, size = batch.to_pylist(), pa.ipc.get_record_batch_size(batch)
             if stop > len(data):
                 raise EOFError
         except (pa.ArrowException, OSError, EOFError, ValueError, UnicodeDecodeError):
             position += 1
             continue
-        yield position, stop, batch
-        position = stop
+        yield position, stop, rows
+        position = stop if stop - position == size else position + 1

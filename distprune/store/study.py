@@ -13,6 +13,7 @@ import optuna
 from optuna.distributions import BaseDistribution
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from distprune.store import files
@@ -39,7 +40,10 @@ class Truth:
 
     @classmethod
     def open(cls, path: str | Path, name: str, directions: Sequence[str]) -> "Truth":
-        """Open or begin the journal at `path`; the caller holds the run's lock. A torn last record is cut, a dead driver's lock removed."""
+        """Open or begin the journal at `path`; the caller holds the run's lock. A torn last record is cut, a dead driver's lock removed.
+
+        `name` is for a new journal. One that has a study keeps it under its own name, so that a run folder can be renamed.
+        """
         path = Path(path)
         if path.exists():
             data = path.read_bytes()
@@ -49,10 +53,9 @@ class Truth:
             stale.unlink()
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         storage = JournalStorage(_Journal(path))
-        study = optuna.create_study(
-            storage=storage, study_name=name, directions=list(directions), load_if_exists=True, sampler=optuna.samplers.RandomSampler()
-        )
-        return cls(storage, study._study_id)
+        if studies := storage.get_all_studies():
+            return cls(storage, studies[0]._study_id)
+        return cls(storage, storage.create_new_study([StudyDirection[direction.upper()] for direction in directions], name))
 
     def born(
         self,
@@ -63,6 +66,7 @@ class Truth:
         system_attrs: Mapping[str, Any] | None = None,
     ) -> None:
         """Record trial `number` as running, with one record."""
+        assert number == len(self._ids), f"the next trial is {len(self._ids)}, not {number}"
         trial = FrozenTrial(
             number=number,
             trial_id=-1,
@@ -78,7 +82,7 @@ class Truth:
         )
         trial_id = self._storage.create_new_trial(self._study, trial)
         given = self._storage.get_trial(trial_id).number
-        assert given == number, f"the journal gave number {given} to trial {number}"
+        assert given == number, f"the journal gave number {given} to trial {number}: another process writes it"
         self._ids[number] = trial_id
 
     def tell(
