@@ -228,7 +228,7 @@ class Book:
             self._first_of.setdefault(entry.identity, entry.number)
         for row in rows:
             entry = self.entries[row["trial"]]
-            if not entry.decided and row["index"] >= entry.reports:
+            if not entry.decided and row["index"] == entry.reports:  # what lies after a lost report is sent again
                 self._decide(entry, row)
         for entry, trial in zip(self.entries, trials, strict=True):
             if trial.state.is_finished():
