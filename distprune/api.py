@@ -99,6 +99,7 @@ def search(
     from distprune.result import Result
     from distprune.search import driver
     from distprune.search.config import Search
+    from distprune.search.runner import Ray
 
     if not isinstance(config, Search):
         value = dict(config) if isinstance(config, Mapping) else read_yaml(config)
@@ -106,30 +107,28 @@ def search(
         if limits:
             changes["limits"] = {**value.get("limits", {}), **limits}  # type: ignore[assignment]
         config = Search.read({**value, **{key: item for key, item in changes.items() if item is not None}})
-    return Result(driver.start(config, address=address, listen=listen).path)
+    return Result(driver.start(config, engine=Ray(address, listen), listen=listen).path)
 
 
-def resume(
-    path: str | Path, *, limits: Mapping[str, Any] | None = None, address: str | None = None, listen: Listener = quiet
-) -> "Result":
+def resume(path: str | Path, *, limits: Mapping[str, Any] | None = None, address: str | None = None, listen: Listener = quiet) -> "Result":
     """Go on with an interrupted search, or extend a finished one by larger `limits`."""
     from distprune.result import Result
     from distprune.search import driver
+    from distprune.search.runner import Ray
 
-    return Result(driver.resume(path, limits=dict(limits or {}), address=address, listen=listen).path)
+    return Result(driver.resume(path, limits=dict(limits or {}), engine=Ray(address, listen), listen=listen).path)
 
 
 def check(config: str | Path) -> list[str]:
     """Validate a recipe or a search without starting anything; returns lines that say what it is. Raises UserError for what is wrong."""
     from distprune.search.config import Search
-    from distprune.search.setup import check_gpus, set_up
+    from distprune.search.setup import set_up
 
     value = read_yaml(config)
     if "paradigm" in value:
         ready = prepare(value)
         return [f"{config}: a recipe of {len(ready.plan.stages)} stages that bills {ready.plan.cost:,} samples. It is valid."]
     found = Search.read(value)
-    check_gpus(found)
     setup = set_up(found)
     axes = ", ".join(f"{len(candidates)} {axis} entries" for axis, candidates in setup.space.axes.items())
     return [

@@ -39,7 +39,7 @@ class TrialResult:
         return Masks.load(self.folder.masks_file(self.number))
 
     def export(self, to: str | Path) -> Path:
-        """Write masks, pruned weights, a stand-alone model and a manifest to the new folder `to`. Raises UserError if no weights are left."""
+        """Write masks, pruned weights, a stand-alone model and a manifest to the new folder `to`; UserError if no weights are left."""
         from distprune.export.network import export
         from distprune.search.finale import load_trial
 
@@ -59,7 +59,9 @@ class Result:
     def trials(self) -> "pa.Table":
         """A row a trial. Raises UserError if the search has not ended yet."""
         if not self.folder.trials.exists():
-            raise UserError(f"{self.folder.path} has no trials.parquet: its search has not ended. Go on with: distprune resume {self.folder.path}")
+            raise UserError(
+                f"{self.folder.path} has no trials.parquet: its search has not ended. Go on with: distprune resume {self.folder.path}"
+            )
         return read_trials(self.folder.trials)
 
     def rows(self) -> list[TrialResult]:
@@ -68,7 +70,9 @@ class Result:
 
     def pareto(self) -> list[TrialResult]:
         """The front on validation, the most accurate first."""
-        return sorted((trial for trial in self.rows() if trial.row["pareto"]), key=lambda trial: (-trial.row["objective"], trial.row["kept"]))
+        return sorted(
+            (trial for trial in self.rows() if trial.row["pareto"]), key=lambda trial: (-trial.row["objective"], trial.row["kept"])
+        )
 
     def best(self, *, trial: int | None = None, max_params: float | None = None) -> TrialResult:
         """The most accurate trial of the front on validation, among those that keep at most a share `max_params` of the weights;

@@ -88,7 +88,9 @@ def finish(run: Run) -> list[Report]:
 def tensors(run: Run) -> dict[str, torch.Tensor]:
     """All tensors of a state that a later step depends on."""
     state = run.state
-    found = {f"model/{name}": value for name, value in state.values().items()} | {f"masks/{name}": mask for name, mask in state.masks.items()}
+    found = {f"model/{name}": value for name, value in state.values().items()} | {
+        f"masks/{name}": mask for name, mask in state.masks.items()
+    }
     for room, rows in (("memory", state.memory), ("slots", state.slots)):
         found |= {f"{room}/{owner}/{key}": v for owner, row in rows.items() for key, v in row.items() if isinstance(v, torch.Tensor)}
     return found

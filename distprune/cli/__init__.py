@@ -1,13 +1,14 @@
 """The command line: thin, every command is a call that the Python API also has. Nothing heavy is imported before a command runs."""
 
 import sys
+from typing import Any
 
 import typer
 
 from distprune.cli.commands import app
 from distprune.errors import UserError
 
-_UsageError = typer.BadParameter.__bases__[0]  # click's, which typer carries in itself since 0.20
+_UsageError: Any = typer.BadParameter.__bases__[0]  # click's, which newer typer carries in itself
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -84,7 +84,9 @@ def check(config: Config) -> None:
 
 
 @app.command(name="list")
-def list_entries(kind: Annotated[str | None, typer.Argument(help="criterion, allocator, paradigm, ...", show_default=False)] = None) -> None:
+def list_entries(
+    kind: Annotated[str | None, typer.Argument(help="criterion, allocator, paradigm, ...", show_default=False)] = None,
+) -> None:
     """Show every registered name with its options, paper and file."""
     from distprune.cli.listing import print_tables
 
@@ -94,25 +96,27 @@ def list_entries(kind: Annotated[str | None, typer.Argument(help="criterion, all
 @app.command()
 def report(run: RunArgument) -> None:
     """Show what a search found, from its folder; it may still be running."""
-    from distprune import api
     from distprune.report.tables import show_result
+    from distprune.result import Result
 
-    show_result(api.Result(run))
+    show_result(Result(run))
 
 
 @app.command()
 def export(
     run: RunArgument,
     to: Annotated[Path, typer.Option(help="New folder.", show_default=False)],
-    trial: Annotated[int | None, typer.Option(help="Number in the Pareto table; by default the best on validation.", show_default=False)] = None,
+    trial: Annotated[
+        int | None, typer.Option(help="Number in the Pareto table; by default the best on validation.", show_default=False)
+    ] = None,
     most_density: Annotated[
         float | None, typer.Option(help="Take the best that keeps at most this share of the weights.", show_default=False)
     ] = None,
 ) -> None:
     """Write masks, pruned weights, a stand-alone model and a manifest of one trial."""
-    from distprune import api
+    from distprune.result import Result
 
-    best = api.Result(run).best(trial=trial, max_params=most_density)
+    best = Result(run).best(trial=trial, max_params=most_density)
     print(f"trial {best.number} exported to {best.export(to)}")
 
 

@@ -15,7 +15,6 @@ class Display:
         self._live = sys.stdout.isatty()
         self._started = self._shown = time.monotonic()
         self._folder: Any = None
-        self._slots = 0
         self._held = 0  # trials that had ended before this driver began
 
     def __enter__(self) -> "Display":
@@ -36,19 +35,21 @@ class Display:
     def _on_damaged(self, message: str) -> None:
         print(message, flush=True)
 
-    def _on_starting(self, search: Any) -> None:
-        print("starting Ray", flush=True)
-
-    def _on_running(self, setup: Any, slots: int, found: dict[str, int], folder: Any) -> None:
-        search, workers = setup.search, setup.search.workers
-        self._folder, self._slots, self._held = folder.path, slots, found["ended"] + found["told now"]
+    def _on_running(self, setup: Any, found: dict[str, int], folder: Any) -> None:
+        search = setup.search
+        self._folder, self._held = folder.path, found["ended"] + found["told now"]
         sizes = ", ".join(f"{len(candidates)} {axis}s" for axis, candidates in setup.space.axes.items())
         print(f"space: {sizes.replace('criterions', 'criteria')}; {setup.total:,} prunable weights")
-        share = f"{workers.cpus} CPU" + (f" and {workers.gpus:g} GPU" if workers.gpus else "")
-        print(f"{slots} trials at once, {share} each; {search.limits.trials} trials of about {setup.mean_cost:,} samples, less what is stopped")
+        print(f"{search.limits.trials} trials of about {setup.mean_cost:,} samples, less what is stopped")
         if any(found.values()):
             print("found: " + ", ".join(f"{count} {kind}" for kind, count in found.items()))
         print(f"results go to {folder.path}", flush=True)
+
+    def _on_starting(self, address: str | None) -> None:
+        print(f"joining Ray at {address}" if address else "starting Ray", flush=True)
+
+    def _on_slots(self, slots: int, resources: dict[str, float]) -> None:
+        print(f"{slots} trials at once on {resources.get('CPU', 0):g} CPUs and {resources.get('GPU', 0):g} GPUs", flush=True)
         self._started = time.monotonic()
 
     def _on_progress(self, **summary: Any) -> None:

@@ -35,7 +35,8 @@ def layers_of(shapes: Mapping[str, Sequence[int]], alive: Masks | None = None) -
     counts = alive.counts if alive else {}
     last = max(len(shapes) - 1, 1)
     return [
-        Layer(name, tuple(shape), counts.get(name, math.prod(shape)), position / last) for position, (name, shape) in enumerate(shapes.items())
+        Layer(name, tuple(shape), counts.get(name, math.prod(shape)), position / last)
+        for position, (name, shape) in enumerate(shapes.items())
     ]
 
 
@@ -67,7 +68,9 @@ def allocate(
 ) -> dict[str, int]:
     """Kept weights of each layer by `allocator`: they sum to `kept` exactly, at least one and at most `alive` in each layer."""
     if kept > (most := sum(layer.alive for layer in layers)):
-        raise UserError(f"A nested mask cannot keep {kept:,} weights: only {most:,} are left. Ask for a higher sparsity or set nested: false.")
+        raise UserError(
+            f"A nested mask cannot keep {kept:,} weights: only {most:,} are left. Ask for a higher sparsity or set nested: false."
+        )
     counts: dict[str, int] = allocator(layers, kept, scores, alive)
     assert sum(counts.values()) == kept and all(1 <= counts[layer.name] <= layer.alive for layer in layers), (allocator, counts)
     return counts

@@ -32,7 +32,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return dict(value)
 
 
-def read_fields(cls: type, value: Any, where: str) -> dict[str, Any]:
+def read_fields(cls: Any, value: Any, where: str) -> dict[str, Any]:
     """Keyword arguments of the dataclass `cls` from a mapping; a Choice field is looked up in the table of its name."""
     if isinstance(value, cls):
         return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}

@@ -50,8 +50,8 @@ def keys(root: str, plan: Plan) -> list[str]:
     snapshots: dict[str, str] = {}
     for index, stage in enumerate(plan.stages):
         previous = after[-1] if after else root
-        if stage.transparent:
-            snapshots[stage.tag] = previous
+        if stage.writes:
+            snapshots[stage.writes] = previous
             after.append(previous)
             continue
         joined = plan.joined(index)

@@ -14,7 +14,7 @@ def layer_flops(model: nn.Module, example: Tensor, names: Mapping[str, Tensor]) 
     """FLOPs (two a multiplication with addition) of a forward pass of one dense sample in the layer of each weight name."""
     training = model.training
     model.eval()
-    counter = FlopCounterMode(display=False, depth=None)
+    counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
         model(example)
     model.train(training)
@@ -22,7 +22,6 @@ def layer_flops(model: nn.Module, example: Tensor, names: Mapping[str, Tensor]) 
     root = type(model).__name__
     owners = {name: ".".join(filter(None, [root, name.rpartition(".")[0]])) for name in names}
     return {name: sum(counts.get(owner, {}).values()) for name, owner in owners.items()}
-
 
 
 def flops(dense: Mapping[str, int], masks: Masks) -> float:
@@ -49,7 +48,9 @@ def collapsed(model: nn.Module, masks: Masks, example: Tensor) -> list[str]:
                 if module.weight is not None:
                     module.weight.fill_(1.0)
     with torch.enable_grad():
-        gradients = torch.autograd.grad(probe(torch.ones_like(example, dtype=torch.double)).sum(), list(weights.values()), allow_unused=True)
+        gradients = torch.autograd.grad(
+            probe(torch.ones_like(example, dtype=torch.double)).sum(), list(weights.values()), allow_unused=True
+        )
     return [
         name
         for (name, weight), gradient in zip(weights.items(), gradients, strict=True)

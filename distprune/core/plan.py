@@ -16,12 +16,16 @@ class Stage(ABC):
     """One step of a plan: plain data that says all its result depends on. It prints nothing, writes no file and knows no Ray."""
 
     version: ClassVar[int] = 1  # part of the key: raised when the same fields give another result
-    transparent: ClassVar[bool] = False  # leaves the state as it is, but for a name
     measured: ClassVar[bool] = False  # the executor reports after it
 
     @property
     def reads(self) -> str | None:
         """Tag of the snapshot that the stage reads."""
+        return None
+
+    @property
+    def writes(self) -> str | None:
+        """Tag of the snapshot that the stage makes; such a stage changes nothing else."""
         return None
 
     @property
@@ -35,6 +39,7 @@ class Stage(ABC):
 
     def enter(self, state: "State", env: "Env") -> None:
         """Called once, before the stage first runs."""
+        return
 
     @abstractmethod
     def run(self, state: "State", env: "Env") -> Iterator[None]:
@@ -42,6 +47,7 @@ class Stage(ABC):
 
     def leave(self, state: "State", env: "Env") -> None:
         """Called once, when the stage is done."""
+        return
 
     def viewing(self, state: "State", env: "Env") -> AbstractContextManager[None]:
         """The context in which the network is measured while the stage runs."""
@@ -71,12 +77,12 @@ class Plan:
 
     def joined(self, index: int) -> Stage | None:
         """The stage at `index` joined with the trajectory that it continues, Snapshots aside; None if it begins a new one."""
-        before = next((i for i in reversed(range(index)) if not self.stages[i].transparent), None)
+        before = next((i for i in reversed(range(index)) if not self.stages[i].writes), None)
         return None if before is None else self.stages[index].joined(self.joined(before) or self.stages[before])
 
     def is_continued(self, index: int) -> bool:
         """Whether a later stage continues this one."""
-        later = next((i for i in range(index + 1, len(self.stages)) if not self.stages[i].transparent), None)
+        later = next((i for i in range(index + 1, len(self.stages)) if not self.stages[i].writes), None)
         return later is not None and self.joined(later) is not None
 
     def costs(self) -> list[int]:

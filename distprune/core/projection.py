@@ -5,7 +5,6 @@ pruned to the recipe's budget, trained for a few steps under its masks, given fr
 """
 
 import copy
-from dataclasses import replace
 
 import torch
 

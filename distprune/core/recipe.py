@@ -66,7 +66,7 @@ class Recipe:
 
     def plain(self) -> dict[str, Any]:
         """As YAML writes it, defaults included; `read` is the inverse."""
-        return _plain(self)
+        return {item.name: _plain(getattr(self, item.name)) for item in fields(self)}
 
     # What paradigms are written with: stages that carry all that their result depends on.
 
@@ -134,4 +134,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     return list(value) if isinstance(value, tuple) else value
-

@@ -100,7 +100,9 @@ class Table:
         if isinstance(value, str):
             return self.choose(value, where=where)
         if not isinstance(value, Mapping) or ("name" in value) == ("import" in value):
-            raise UserError(f"{where} must be a name or a mapping with 'name' or 'import', got {value!r}. Write {where}: {self.names()[0]}.")
+            raise UserError(
+                f"{where} must be a name or a mapping with 'name' or 'import', got {value!r}. Write {where}: {self.names()[0]}."
+            )
         options = {str(key): item for key, item in value.items() if key not in ("name", "import")}
         name = f"import:{value['import']}" if "import" in value else str(value["name"])
         return self.choose(name, where=where, **options)
@@ -172,7 +174,9 @@ def import_object(path: str, where: str) -> Any:
     try:
         module = importlib.import_module(module_name)
     except Exception as error:  # a user's module may raise anything at import
-        raise UserError(f"{where}: cannot import '{module_name}' ({type(error).__name__}: {error}). Run from its folder or install it.") from error
+        raise UserError(
+            f"{where}: cannot import '{module_name}' ({type(error).__name__}: {error}). Run from its folder or install it."
+        ) from error
     if not hasattr(module, name):
         raise unknown(f"name in {module_name}:", name, [n for n in vars(module) if not n.startswith("_")])
     return getattr(module, name)

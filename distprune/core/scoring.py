@@ -39,7 +39,9 @@ class Probe:
     def task(self) -> Task:
         """The task. Raises UserError where there is none: `distprune.prune` without batches."""
         if self._task is None:
-            raise UserError("This criterion runs the network: pass batches=..., or choose one that looks at weights alone: magnitude or random.")
+            raise UserError(
+                "This criterion runs the network: pass batches=..., or choose one that looks at weights alone: magnitude or random."
+            )
         return self._task
 
     def batch(self) -> Any:
@@ -51,9 +53,7 @@ class Probe:
         self.model.zero_grad(set_to_none=True)
         for _ in range(batches):
             ((loss or self.task.loss)(self.model, self.batch()) / batches).backward()  # type: ignore[no-untyped-call]
-        return {
-            name: weight.grad if weight.grad is not None else torch.zeros_like(weight) for name, weight in self.weights.items()
-        }
+        return {name: weight.grad if weight.grad is not None else torch.zeros_like(weight) for name, weight in self.weights.items()}
 
 
 def choose_masks(
@@ -72,8 +72,9 @@ def choose_masks(
 ) -> Masks:
     """Masks of exactly `sparsity`, reached from `masks` in `steps` exponential steps with new scores at each.
 
-    `nested` keeps removed weights removed. `draw` (lap, clock) tells the scoring passes of a run apart: each sees its own batches. The network, its
-    gradients and the global generator are left as they were. Raises UserError for an infeasible budget or scores that are not finite.
+    `nested` keeps removed weights removed. `draw` (lap, clock) tells the scoring passes of a run apart: each sees its own batches.
+    The network, its gradients and the global generator are left as they were.
+    Raises UserError for an infeasible budget or scores that are not finite.
     """
     shapes = {name: tuple(mask.shape) for name, mask in masks.items()}
     start = masks.sparsity if nested else 0.0
@@ -101,6 +102,5 @@ def check_scores(scores: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, .
     got = {key: tuple(value.shape) for key, value in scores.items()}
     key = next((key for key in [*shapes, *got] if got.get(key) != shapes.get(key)), None)
     if key is not None:
-        raise UserError(
-            f"criterion '{name}' must return one score a weight: '{key}' has shape {shapes.get(key, 'none')}, its scores {got.get(key, 'none')}."
-        )
+        due, given = shapes.get(key, "none"), got.get(key, "none")
+        raise UserError(f"criterion '{name}' must return one score a weight: '{key}' has shape {due}, its scores {given}.")

@@ -68,7 +68,7 @@ class Train(Stage):
         start = clock if self.since is None else self.since
         updates = [hook for hook in self.hooks if isinstance(hook, Gradual)]
         scoring = sum(hook.samples_per_update * sum(map(hook.due, range(start + 1, self.until + 1))) for hook in updates)
-        return (self.until - start) * self.config.batch_size + scoring
+        return (self.until - start) * int(self.config.batch_size) + scoring
 
     def describe(self) -> str:
         hooks = "".join(f" + {type(hook).__name__}" for hook in self.hooks)
@@ -120,8 +120,11 @@ class Prune(Stage):
 class Snapshot(Stage):
     """Remember parameters and buffers under a name."""
 
-    transparent: ClassVar[bool] = True
     tag: str
+
+    @property
+    def writes(self) -> str:
+        return self.tag
 
     def run(self, state: "State", env: "Env") -> Iterator[None]:
         state.snapshots[self.tag] = state.values()
@@ -180,7 +183,9 @@ class Calibrate(Stage):
 @torch.no_grad()
 def calibrate(state: "State", env: "Env", batches: int, batch_size: int) -> None:
     """Replace running statistics of batch normalisation by their mean over `batches` batches; other buffers and modes stay."""
-    norms = [module for module in state.model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats]
+    norms = [
+        module for module in state.model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats
+    ]
     if not norms:
         return
     momenta = [norm.momentum for norm in norms]

@@ -21,6 +21,7 @@ def stream(seed: int, purpose: str, *counters: int, device: torch.device | str =
 @contextmanager
 def global_stream(seed: int, purpose: str, *counters: int) -> Iterator[None]:
     """Let code that knows only torch's global generator (module init, dropout) draw from a stream; the generator is left as it was."""
-    with torch.random.fork_rng(range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []):
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
+    with torch.random.fork_rng(devices):
         torch.manual_seed(stream_seed(seed, purpose, *counters))
         yield

@@ -1,11 +1,11 @@
 """Exports: what people take away from a trial, each checked after writing.
 
-    masks.safetensors     bool masks, with sparsity and the kept weights of each layer in the header
-    weights.safetensors   the pruned network's parameters and buffers
-    test.safetensors      test images as bytes, their labels, and what the network predicts for them
-    model.py              the network as plain torch code
-    check.py              loads the four with torch and safetensors alone and compares image for image
-    manifest.json         recipe, sparsity of each layer, validation and test metrics, versions, sizes and hashes
+masks.safetensors     bool masks, with sparsity and the kept weights of each layer in the header
+weights.safetensors   the pruned network's parameters and buffers
+test.safetensors      test images as bytes, their labels, and what the network predicts for them
+model.py              the network as plain torch code
+check.py              loads the four with torch and safetensors alone and compares image for image
+manifest.json         recipe, sparsity of each layer, validation and test metrics, versions, sizes and hashes
 """
 
 import ast
@@ -61,7 +61,10 @@ def export(run: Run, to: str | Path, facts: dict[str, Any]) -> Path:
         "sparsity": state.masks.sparsity,
         "kept": state.masks.kept,
         "layers": layers,
-        "metrics": {"validation": task.metrics(state.model, "validation"), "test": {"accuracy": accuracy, "images": len(test), "written": count}},
+        "metrics": {
+            "validation": task.metrics(state.model, "validation"),
+            "test": {"accuracy": accuracy, "images": len(test), "written": count},
+        },
         "files": {name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in _read(folder)},
     }
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
@@ -76,7 +79,9 @@ def _read(folder: Path) -> list[tuple[str, bytes]]:
 def _verify(folder: Path, run: Run) -> None:
     """Raise RuntimeError unless the files on disk hold the run's masks and weights, and every removed weight is zero."""
     masks, values = Masks.load(folder / "masks.safetensors"), load_file(folder / "weights.safetensors")
-    same = masks.equal(run.state.masks.to("cpu")) and all(torch.equal(values[name], value.cpu()) for name, value in run.state.values().items())
+    same = masks.equal(run.state.masks.to("cpu")) and all(
+        torch.equal(values[name], value.cpu()) for name, value in run.state.values().items()
+    )
     if not same or any(bool(values[name][~mask].any()) for name, mask in masks.items()):
         raise RuntimeError(f"The export in {folder} differs from the trial. This is a defect of distprune: please report it.")
 

@@ -7,7 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from optuna.trial import FrozenTrial, TrialState
 
@@ -19,7 +19,7 @@ from distprune.search.space import Space
 from distprune.store.reports import ReportWriter
 from distprune.store.study import Truth
 
-DIRECTIONS = ("maximize", "minimize")  # objective on validation, kept weights
+DIRECTIONS: tuple[Literal["maximize", "minimize"], ...] = ("maximize", "minimize")  # objective on validation, kept weights
 MOST_DUPLICATES = 50  # in a row: then the space is exhausted
 
 
@@ -202,7 +202,14 @@ class Book:
 
     def _tell_duplicate(self, entry: Entry, original: Entry) -> None:
         _, state, values, constraints = verdict(original, len(self.rungs.costs))
-        attrs = {"ended": "duplicate", "duplicate_of": original.number, "reason": original.ended, "rung": original.rung, "cost": 0.0, "spent": 0.0}
+        attrs = {
+            "ended": "duplicate",
+            "duplicate_of": original.number,
+            "reason": original.ended,
+            "rung": original.rung,
+            "cost": 0.0,
+            "spent": 0.0,
+        }
         constraints = {**constraints, "duplicate": 1.0}  # known already: it must not appear twice in a front
         self._truth.tell(entry.number, state, values, constraints, attrs)
         self._proposer.tell(entry.number, state, values, constraints)
@@ -265,7 +272,14 @@ class Book:
         """Counts and the best so far, for the progress display."""
         ends = Counter(entry.ended if entry.told else "running" for entry in self.entries)
         best = max(self.front.values(), default=None)
-        return {"born": len(self.entries), "most": self._most_trials, "ends": ends, "best": best, "front": len(self.front), "cost": self._cost}
+        return {
+            "born": len(self.entries),
+            "most": self._most_trials,
+            "ends": ends,
+            "best": best,
+            "front": len(self.front),
+            "cost": self._cost,
+        }
 
 
 def _entry_of(trial: FrozenTrial) -> Entry:
@@ -287,4 +301,3 @@ def verdict(entry: Entry, rungs: int) -> tuple[str, TrialState, list[float] | No
         return "stopped", TrialState.FAIL, None, {}
     unfinished = (rungs - entry.rung) / (rungs + 1)
     return "stopped", TrialState.COMPLETE, [entry.best, entry.target], {"unfinished": max(unfinished, 1e-3)}
-

@@ -97,5 +97,3 @@ class Search:
     def folder(self) -> Path:
         """The run folder."""
         return Path(self.storage) / self.name
-
-

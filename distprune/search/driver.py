@@ -1,12 +1,13 @@
 """From a checked search to a finished run folder: the walk of a search, local or inside a cluster."""
 
+import functools
 import json
 import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from distprune.core.config import read_yaml
 from distprune.environment import environment
@@ -15,7 +16,7 @@ from distprune.search.config import Search
 from distprune.search.finale import finalize
 from distprune.search.proposer import Proposer
 from distprune.search.retention import Retention
-from distprune.search.setup import Setup, check_gpus, set_up, slots_of
+from distprune.search.setup import Setup, set_up
 from distprune.search.trial import Job
 from distprune.store.files import lock, publish
 from distprune.store.folder import RunFolder
@@ -25,19 +26,30 @@ from distprune.store.study import Truth
 Listener = Callable[[str, dict[str, Any]], None]  # (event, facts): what a display hears
 
 
-def start(search: Search, *, address: str | None = None, listen: Listener) -> RunFolder:
+class Engine(Protocol):
+    """Where trials run: Ray, or the simulator in its place."""
+
+    def open(self, search: Search) -> None:
+        """Get ready. Raises UserError if the search cannot run there."""
+
+    def run(
+        self, search: Search, book: Book, job: Callable[[Assignment], Job], ended: Callable[[int], None], draw: Callable[[], None]
+    ) -> None:
+        """Run until the book has no trial left; call `ended` when one was told, and `draw` often."""
+
+
+def start(search: Search, *, engine: Engine, listen: Listener) -> RunFolder:
     """Run a new search. Raises UserError before anything is written if it cannot be done."""
     RunFolder(search.folder).check_new()
-    if address is None and "RAY_ADDRESS" not in os.environ:
-        check_gpus(search)
     listen("checking", {"search": search})
     setup = set_up(search)
+    engine.open(search)
     folder = RunFolder(search.folder).create()
     write_search(folder, search)
-    return _drive(setup, folder, address=address, listen=listen)
+    return _drive(setup, folder, engine, listen)
 
 
-def resume(path: str | Path, *, limits: dict[str, Any] | None = None, address: str | None = None, listen: Listener) -> RunFolder:
+def resume(path: str | Path, *, limits: dict[str, Any], engine: Engine, listen: Listener) -> RunFolder:
     """Go on with an interrupted search, or with a finished one under larger `limits`."""
     folder = RunFolder.existing(path)
     search = read_search(folder)
@@ -45,9 +57,10 @@ def resume(path: str | Path, *, limits: dict[str, Any] | None = None, address: s
         search = replace(search, limits=replace(search.limits, **limits))
     listen("checking", {"search": search})
     setup = set_up(search)
+    engine.open(search)
     if limits:
         write_search(folder, search)
-    return _drive(setup, folder, address=address, listen=listen)
+    return _drive(setup, folder, engine, listen)
 
 
 def write_search(folder: RunFolder, search: Search) -> None:
@@ -63,7 +76,7 @@ def read_search(folder: RunFolder) -> Search:
     return Search.read({**read_yaml(folder.search_yaml)["search"], "storage": str(folder.path.parent), "name": folder.path.name})
 
 
-def _drive(setup: Setup, folder: RunFolder, *, address: str | None, listen: Listener) -> RunFolder:
+def _drive(setup: Setup, folder: RunFolder, engine: Engine, listen: Listener) -> RunFolder:
     search = setup.search
     with lock(folder.path):
         truth = Truth.open(folder.journal, search.name, DIRECTIONS)
@@ -87,7 +100,9 @@ def _drive(setup: Setup, folder: RunFolder, *, address: str | None, listen: List
             retention.sweep()
             if book.has_work:
                 try:
-                    _run(setup, folder, book, retention, found, address=address, listen=listen)
+                    listen("running", {"setup": setup, "found": found, "folder": folder})
+                    job = functools.partial(_job, setup, folder, book)
+                    engine.run(search, book, job, retention.sweep, lambda: listen("progress", book.summary()))
                 finally:
                     book.settle()
         listen("finishing", {"front": sorted(book.front)})
@@ -96,36 +111,17 @@ def _drive(setup: Setup, folder: RunFolder, *, address: str | None, listen: List
         return folder
 
 
-def _run(
-    setup: Setup, folder: RunFolder, book: Book, retention: Retention, found: dict[str, int], *, address: str | None, listen: Listener
-) -> None:
-    from distprune.search import runner  # imports Ray
-
-    search, workers = setup.search, setup.search.workers
-    listen("starting", {"search": search})
-    slots = slots_of(search, runner.connect(address))
-    listen("running", {"setup": setup, "slots": slots, "found": found, "folder": folder})
-
-    def job(assignment: Assignment) -> Job:
-        return Job(
-            number=assignment.number,
-            recipe=assignment.recipe.plain(),
-            folder=str(folder.path.absolute()),
-            rungs=book.rungs.costs,
-            report_every=search.report_every,
-            recovery=search.recovery,
-            known=assignment.known,
-            threads=workers.cpus,
-            device="cuda" if workers.gpus else "cpu",
-            working_dir=os.getcwd(),
-        )
-
-    runner.run(
-        book,
-        job=job,
-        slots=slots,
-        cpus=workers.cpus,
-        gpus=workers.gpus,
-        ended=retention.sweep,
-        draw=lambda: listen("progress", book.summary()),
+def _job(setup: Setup, folder: RunFolder, book: Book, assignment: Assignment) -> Job:
+    search = setup.search
+    return Job(
+        number=assignment.number,
+        recipe=assignment.recipe.plain(),
+        folder=str(folder.path.absolute()),
+        rungs=book.rungs.costs,
+        report_every=search.report_every,
+        recovery=search.recovery,
+        known=assignment.known,
+        threads=search.workers.cpus,
+        device="cuda" if search.workers.gpus else "cpu",
+        working_dir=os.getcwd(),
     )

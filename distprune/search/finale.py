@@ -5,7 +5,6 @@ from typing import Any
 
 from safetensors import safe_open
 
-from distprune.core.masks import Masks
 from distprune.core.run import Run, prepare
 from distprune.errors import UserError
 from distprune.search.book import Book, Entry

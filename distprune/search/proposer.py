@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import optuna
 from optuna.distributions import BaseDistribution
@@ -31,7 +31,9 @@ class Proposal:
 class Proposer:
     """Optuna's samplers over a study in memory, never over the journal: it is small, and a proposal leaves no half-written trial."""
 
-    def __init__(self, sampler: Choice, build: Callable[[optuna.Trial], Recipe], *, directions: Sequence[str], seed: int) -> None:
+    def __init__(
+        self, sampler: Choice, build: Callable[[optuna.Trial], Recipe], *, directions: Sequence[Literal["maximize", "minimize"]], seed: int
+    ) -> None:
         self._sampler, self._build, self._directions, self._seed = sampler, build, list(directions), seed
         self._keeps_all = sampler.entry.facts["keeps_all"]
         self._finished: list[tuple[int, FrozenTrial]] = []
@@ -49,7 +51,9 @@ class Proposer:
             recipe = self._build(trial)
         for name, value in (fixed or {}).items():
             if trial.params.get(name) != value:
-                raise UserError(f"The trial {dict(fixed or {})} sets '{name}' to {value!r}, which the space does not have. Correct the space.")
+                raise UserError(
+                    f"The trial {dict(fixed or {})} sets '{name}' to {value!r}, which the space does not have. Correct the space."
+                )
         frozen = self._study._storage.get_trial(trial._trial_id)
         self._ids[number] = trial._trial_id
         self._running[number] = frozen
@@ -59,8 +63,9 @@ class Proposer:
     def tell(self, number: int, state: TrialState, values: Sequence[float] | None, constraints: Mapping[str, float]) -> None:
         """Let the sampler know how a trial ended."""
         trial = optuna.Trial(self._study, self._ids.pop(number))
-        for key, value in constraints.items():
-            trial.set_constraint(key, value)
+        known = self._study._storage.get_trial(trial._trial_id).constraints  # of a trial whose end was half told by a dead driver
+        for key in constraints.keys() - known.keys():
+            trial.set_constraint(key, constraints[key])
         told = self._study.tell(trial, values, state=state)
         self._running.pop(number)
         self._finished.append((number, told))
@@ -79,7 +84,6 @@ class Proposer:
             if not self._keeps_all and len(self._finished) >= 2 * FIT_SET:
                 self._finished = self._best_and_latest()
         self._refresh()
-
 
     def _best_and_latest(self) -> list[tuple[int, FrozenTrial]]:
         latest = self._finished[-FIT_SET // 2 :]

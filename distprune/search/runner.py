@@ -1,6 +1,8 @@
 """A search on Ray Tune: the only file that imports it. Ray places trials and carries reports; the book decides."""
 
+import gc
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -25,12 +27,16 @@ os.environ.update(
 )
 
 import ray
+import torch
 from ray import tune
 from ray.tune.experiment import Trial as RayTrial
 from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 
+from distprune.errors import UserError
 from distprune.search.book import Assignment, Book
+from distprune.search.config import Search
+from distprune.search.setup import check_machine, slots_of
 from distprune.search.trial import Job, run_trial
 
 WORKER_DEATHS = 3  # restarts of a trial whose worker died, before it is told as failed
@@ -53,10 +59,6 @@ class Worker(tune.Trainable):  # type: ignore[misc]
 
     def cleanup(self) -> None:
         self._rows.close()
-        import gc
-
-        import torch
-
         gc.collect()  # a state and its optimizer are a cycle
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -79,10 +81,10 @@ class Face(_Face, Searcher):  # type: ignore[misc]
         super().__init__(metric="r", mode="max")
         self._book, self._job, self._numbers, self._ended = book, job, numbers, ended
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str:
+    def suggest(self, trial_id: str) -> Any:
         assignment = self._book.next()
         if assignment is None:
-            return str(Searcher.FINISHED)
+            return Searcher.FINISHED
         self._numbers[trial_id] = assignment.number
         return {"job": json.dumps(self._job(assignment).plain())}
 
@@ -102,7 +104,7 @@ class Gate(_Face, FIFOScheduler):  # type: ignore[misc]
     """The book as Ray's scheduler."""
 
     def __init__(self, book: Book) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._book = book
 
     def on_trial_result(self, tune_controller: Any, trial: RayTrial, result: dict[str, Any]) -> str:
@@ -130,47 +132,60 @@ class Draw(_Face, tune.Callback):  # type: ignore[misc]
         trial.run_metadata.metric_analysis = {}
 
 
-def connect(address: str | None) -> dict[str, float]:
-    """Join the cluster at `address` (or the one this process runs in), or start Ray on this machine; returns its resources."""
-    if not ray.is_initialized():
-        inside = address or os.environ.get("RAY_ADDRESS")
-        options = {"address": inside} if inside else {"include_dashboard": False, "num_cpus": os.cpu_count()}
-        ray.init(**options, log_to_driver=False, logging_level="ERROR")
-    return {str(name): float(amount) for name, amount in ray.cluster_resources().items()}
+class Ray:
+    """The engine of real searches: Ray on this machine, or the cluster at `address`, or the one that this process runs in."""
 
+    def __init__(self, address: str | None, listen: Callable[[str, dict[str, Any]], None]) -> None:
+        self._address, self._listen = address or os.environ.get("RAY_ADDRESS"), listen
+        self._slots = 0
 
-def run(
-    book: Book,
-    *,
-    job: Callable[[Assignment], Job],
-    slots: int,
-    cpus: int,
-    gpus: float,
-    ended: Callable[[int], None],
-    draw: Callable[[], None],
-) -> None:
-    """Run until the book has no trial left. Raises KeyboardInterrupt on Ctrl-C; what runs then can be resumed."""
-    scratch = Path(tempfile.mkdtemp(prefix="distprune-ray-"))
-    try:
-        tuner = tune.Tuner(
-            tune.with_resources(Worker, {"cpu": cpus, "gpu": gpus} if gpus else {"cpu": cpus}),
-            tune_config=tune.TuneConfig(
-                search_alg=Face(book, job, {}, ended),
-                scheduler=Gate(book),
-                num_samples=-1,
-                max_concurrent_trials=slots,
-                reuse_actors=True,
-                trial_dirname_creator=lambda trial: str(trial.trial_id),
-            ),
-            run_config=tune.RunConfig(
-                name="search",
-                storage_path=str(scratch),
-                callbacks=[Draw(draw)],
-                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # the worker writes its own
-                failure_config=tune.FailureConfig(max_failures=WORKER_DEATHS),
-                verbose=0,
-            ),
-        )
-        tuner.fit()
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    def open(self, search: Search) -> None:
+        """Connect. Raises UserError if not even one trial fits."""
+        if self._address is None:
+            check_machine(search)
+        self._listen("starting", {"address": self._address})
+        if not ray.is_initialized():
+            options: dict[str, Any] = (
+                {"address": self._address} if self._address else {"include_dashboard": False, "num_cpus": os.cpu_count()}
+            )
+            try:
+                ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)
+            except (ConnectionError, RuntimeError) as error:
+                if self._address is None:
+                    raise
+                raise UserError(
+                    f"No Ray cluster answers at {self._address}: {error}. Check the address and RAY_AUTH_MODE=token."
+                ) from error
+        resources = {str(name): float(amount) for name, amount in ray.cluster_resources().items()}  # type: ignore[no-untyped-call]
+        self._slots = slots_of(search, resources)
+        self._listen("slots", {"slots": self._slots, "resources": resources})
+
+    def run(
+        self, search: Search, book: Book, job: Callable[[Assignment], Job], ended: Callable[[int], None], draw: Callable[[], None]
+    ) -> None:
+        """Run until the book has no trial left. Raises KeyboardInterrupt on Ctrl-C; what runs then can be resumed."""
+        cpus, gpus = search.workers.cpus, search.workers.gpus
+        scratch = Path(tempfile.mkdtemp(prefix="distprune-ray-"))
+        try:
+            tuner = tune.Tuner(
+                tune.with_resources(Worker, {"cpu": cpus, "gpu": gpus} if gpus else {"cpu": cpus}),
+                tune_config=tune.TuneConfig(
+                    search_alg=Face(book, job, {}, ended),
+                    scheduler=Gate(book),
+                    num_samples=-1,
+                    max_concurrent_trials=self._slots,
+                    reuse_actors=True,
+                    trial_dirname_creator=lambda trial: str(trial.trial_id),
+                ),
+                run_config=tune.RunConfig(
+                    name="search",
+                    storage_path=str(scratch),
+                    callbacks=[Draw(draw)],
+                    checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # the worker writes its own
+                    failure_config=tune.FailureConfig(max_failures=WORKER_DEATHS),
+                    verbose=0,
+                ),
+            )
+            tuner.fit()
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)

@@ -48,7 +48,7 @@ def set_up(search: Search) -> Setup:
     return Setup(search, space, per_epoch, dense.state.masks.total, dense.plan.cost, sum(costs) // len(costs), max(costs))
 
 
-def check_gpus(search: Search) -> None:
+def check_machine(search: Search) -> None:
     """Raise UserError if a trial asks for more than this machine has."""
     gpus = torch.cuda.device_count()
     if search.workers.gpus > gpus:

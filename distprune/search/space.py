@@ -65,7 +65,7 @@ class Space:
     def build(self, trial: Suggest) -> Recipe:
         """The recipe of a trial."""
         paradigm = self._pick(trial, "paradigm", self.axes["paradigm"])
-        choices = {"paradigm": self._choice(trial, "paradigm", paradigm)}
+        choices: dict[str, Any] = {"paradigm": self._choice(trial, "paradigm", paradigm)}
         for axis in self._used(paradigm):
             legal = self._legal[paradigm.label, axis]
             choices[axis] = self._choice(trial, axis, self._pick(trial, self._parameter(axis, paradigm, legal), legal))
@@ -94,7 +94,11 @@ class Space:
                         waiting[axis] = [label for label in waiting[axis] if label != candidate.label]
                     # With one candidate there is nothing to choose, and no parameter.
                     first.append(
-                        {self._parameter(axis, paradigm, legal): candidate.label for axis, (candidate, legal) in chosen.items() if len(legal) > 1}
+                        {
+                            self._parameter(axis, paradigm, legal): candidate.label
+                            for axis, (candidate, legal) in chosen.items()
+                            if len(legal) > 1
+                        }
                     )
             if len(first) == before:
                 return first
@@ -111,7 +115,8 @@ class Space:
         legal = []
         for candidate in self.axes[axis]:
             recipe = replace(self._base, paradigm=Choice("paradigm", paradigm.name))
-            problem = "" if axis == "optimizer" else violations(replace(recipe, **{axis: Choice(axis, candidate.name)})).get(axis)
+            changed: dict[str, Any] = {} if axis == "optimizer" else {axis: Choice(axis, candidate.name)}
+            problem = violations(replace(recipe, **changed)).get(axis) if changed else None
             if problem:
                 self.excluded.append(f"{paradigm.label} with {axis} {candidate.label}: {problem}")
             else:
@@ -220,5 +225,7 @@ def _sparsities(value: Any) -> tuple[float, float]:
         raise UserError(f"space.sparsity must be a number or [low, high], got {value!r}. Write [0.5, 0.98].")
     low, high = (check_sparsity(float(bound), "space.sparsity") for bound in bounds)
     if not low:
-        raise UserError(f"space.sparsity must start above 0, got {value}: paradigm 'dense' is the network without pruning. Write [0.5, 0.98].")
+        raise UserError(
+            f"space.sparsity must start above 0, got {value}: paradigm 'dense' is the network without pruning. Write [0.5, 0.98]."
+        )
     return low, high

@@ -5,7 +5,7 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,7 @@ class Job:
         return asdict(self)
 
 
-def run_trial(job: Job) -> Iterator[dict[str, Any]]:
+def run_trial(job: Job) -> Generator[dict[str, Any], None, None]:
     """Yield a row of `reports.arrows` at each report. Never raises: what goes wrong is the last row, and the worker lives on."""
     attempt = uuid.uuid4().hex[:8]
     base = {"trial": job.number, "attempt": attempt}

@@ -4,12 +4,12 @@ import copy
 
 import pytest
 import torch
-from toys import ready
 from torch import nn
+from toys import ready
 
-from distprune.core.prune import prune
 from distprune.core import registry
 from distprune.core.masks import Masks
+from distprune.core.prune import prune
 from distprune.core.registry import Choice
 from distprune.core.scoring import Probe, choose_masks, scoring_samples
 from distprune.errors import UserError
@@ -42,7 +42,9 @@ def test_scoring_changes_nothing(criterion: Choice) -> None:
     generator = torch.get_rng_state()
     choose_masks(model, run.env.task, run.state.masks, sparsity=0.8, criterion=criterion, allocator=registry.allocator.choose("erk"))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert all((p.grad is None) == (g is None) and (g is None or torch.equal(p.grad, g)) for p, g in zip(model.parameters(), grads, strict=True))
+    assert all(
+        (p.grad is None) == (g is None) and (g is None or torch.equal(p.grad, g)) for p, g in zip(model.parameters(), grads, strict=True)
+    )
     assert torch.equal(torch.get_rng_state(), generator), "dropout in the scratch copy drew from the global generator"
     assert all(module.training for module in model.modules())
 
@@ -146,4 +148,6 @@ def test_a_criterion_that_returns_the_wrong_shape_is_named() -> None:
     module.scores = lambda probe: {name: value.flatten() for name, value in probe.values.items()}
     sys.modules["wrong_criterion"] = module
     with pytest.raises(UserError, match=r"must return one score a weight: '0.weight' has shape \(6, 1, 3, 3\), its scores \(54,\)"):
-        choose_masks(run.state.model, run.env.task, run.state.masks, sparsity=0.5, criterion=wrong, allocator=registry.allocator.choose("erk"))
+        choose_masks(
+            run.state.model, run.env.task, run.state.masks, sparsity=0.5, criterion=wrong, allocator=registry.allocator.choose("erk")
+        )

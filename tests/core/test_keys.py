@@ -24,7 +24,14 @@ PINNED = {
 def _recipe(paradigm: str) -> Recipe:
     train = {"length": "20it", "batch_size": 32}
     return Recipe.read(
-        {"model": "lenet5", "data": "digits", "paradigm": paradigm, "sparsity": 0 if paradigm == "dense" else 0.5, "allocator": "erk", "train": train}
+        {
+            "model": "lenet5",
+            "data": "digits",
+            "paradigm": paradigm,
+            "sparsity": 0 if paradigm == "dense" else 0.5,
+            "allocator": "erk",
+            "train": train,
+        }
     )
 
 
@@ -78,4 +85,3 @@ def test_two_targets_of_lth_share_their_rounds() -> None:
 
 def test_digest_sees_every_part() -> None:
     assert len({digest("a"), digest("b"), digest("a", 1), digest({"a": 1})}) == 4
-

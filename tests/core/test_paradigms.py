@@ -147,7 +147,11 @@ def test_rigl_drops_the_smallest_and_grows_the_largest_gradient() -> None:
     [
         ("dense", {"sparsity": 0.5}, "prunes nothing, so sparsity must be 0, got 0.5"),
         ("at_init", {"sparsity": 0.0}, "needs a sparsity above 0, got 0"),
-        ("dynamic", {"sparsity": 0.5, "allocator": "global"}, "allocator 'global' ranks scores, and paradigm 'dynamic' starts from random masks"),
+        (
+            "dynamic",
+            {"sparsity": 0.5, "allocator": "global"},
+            "allocator 'global' ranks scores, and paradigm 'dynamic' starts from random masks",
+        ),
     ],
 )
 def test_illegal_recipes_say_why(paradigm: str, changes: dict[str, Any], message: str) -> None:
@@ -169,4 +173,4 @@ def test_lengths_that_do_not_fit_are_refused() -> None:
 def test_every_plan_has_distinct_keys_but_for_snapshots() -> None:
     plan = ready(QUICK["lth"]).plan
     found = keys("root", plan)
-    assert len(set(found)) == len(found) - sum(stage.transparent for stage in plan.stages)
+    assert len(set(found)) == len(found) - sum(stage.writes is not None for stage in plan.stages)

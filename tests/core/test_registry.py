@@ -65,7 +65,12 @@ def test_missing_keys_are_named() -> None:
 
 
 def test_a_recipe_is_what_its_plain_form_reads_as() -> None:
-    value = {**BASE, "paradigm": {"name": "lth", "share": 0.3}, "sparsity": 0.5, "allocator": {"name": "per_layer", "shares": {"0.weight": 0.5}}}
+    value = {
+        **BASE,
+        "paradigm": {"name": "lth", "share": 0.3},
+        "sparsity": 0.5,
+        "allocator": {"name": "per_layer", "shares": {"0.weight": 0.5}},
+    }
     recipe = Recipe.read(value)
     assert Recipe.read(recipe.plain()) == recipe
 

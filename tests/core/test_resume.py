@@ -96,5 +96,3 @@ def test_header_is_plain_json(tmp_path: Path) -> None:
     with safe_open(str(tmp_path / "s.safetensors"), framework="pt") as file:
         tree = json.loads(file.metadata()["tree"])
     assert tree["facts"] == {"reason": "look"} and tree["position"]["clock"] == run.state.clock
-
-

@@ -50,7 +50,7 @@ def slot(index: int, hook: Hook) -> str:
 def viewed(hooks: Sequence[Hook], state: "State", env: "Env", *, train: bool) -> Iterator[None]:
     """Put the hooks' views into the parameters' storage, and take them out again."""
     parameters = dict(state.model.named_parameters())
-    stored = {}
+    stored: dict[str, Tensor] = {}
     for index, hook in enumerate(hooks):
         for name, tensor in hook.view(state.slots[slot(index, hook)], state, env, train).items():
             stored.setdefault(name, parameters[name].data)

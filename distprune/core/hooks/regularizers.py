@@ -66,8 +66,6 @@ def l1(*, strength: Annotated[float, LogRange(1e-6, 1e-3)] = 1e-5) -> Hook:
 
 
 @regularizer("growing_l2", paper="Wang et al. 2021, arXiv:2012.09243: the growth, on all weights")
-def growing_l2(
-    *, step: Annotated[float, LogRange(1e-6, 1e-4)] = 1e-5, every: int = 10, ceiling: float = 1.0
-) -> Hook:
+def growing_l2(*, step: Annotated[float, LogRange(1e-6, 1e-4)] = 1e-5, every: int = 10, ceiling: float = 1.0) -> Hook:
     """An L2 penalty that grows by `step` every `every` steps up to `ceiling`."""
     return GrowingPenalty(step_size=step, every=every, ceiling=ceiling)

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from distprune.core.lengths import Length
 from distprune.core.options import Choices, Range
-from distprune.core.plan import Plan
+from distprune.core.plan import Plan, Stage
 from distprune.core.recipe import Recipe
 from distprune.core.registry import paradigm
 from distprune.core.schedules import rounds
@@ -25,9 +25,12 @@ def finetune(
     """
     length = recipe.train.length
     since = max(length - tune, 0) if rate == "replay" else length
-    stages = [recipe.training(until=length)]
+    stages: list[Stage] = [recipe.training(until=length)]
     for sparsity in rounds(recipe.sparsity, share=share):
-        stages += [recipe.prune(sparsity), recipe.training(since=since, until=since + min(tune, length) if rate == "replay" else since + tune)]
+        stages += [
+            recipe.prune(sparsity),
+            recipe.training(since=since, until=since + min(tune, length) if rate == "replay" else since + tune),
+        ]
     return Plan(stages)
 
 

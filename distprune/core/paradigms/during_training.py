@@ -14,7 +14,9 @@ from distprune.errors import UserError
 
 def _check_span(begin: int, end: int, length: int) -> None:
     if not begin < end <= length:
-        raise UserError(f"paradigm.begin < paradigm.end <= train.length must hold, got steps {begin}, {end}, {length}. Write '10%' and '75%'.")
+        raise UserError(
+            f"paradigm.begin < paradigm.end <= train.length must hold, got steps {begin}, {end}, {length}. Write '10%' and '75%'."
+        )
 
 
 @paradigm("gradual", paper="Zhu & Gupta 2017, arXiv:1710.01878")
@@ -40,7 +42,9 @@ def gradual(
     return Plan([recipe.training(until=length, hooks=(hook,))])
 
 
-@paradigm("dynamic", paper="SET: Mocanu et al. 2018, arXiv:1707.04780; RigL: Evci et al. 2020, arXiv:1911.11134", uses=("sparsity", "allocator"))
+@paradigm(
+    "dynamic", paper="SET: Mocanu et al. 2018, arXiv:1707.04780; RigL: Evci et al. 2020, arXiv:1911.11134", uses=("sparsity", "allocator")
+)
 def dynamic(
     recipe: Recipe,
     *,

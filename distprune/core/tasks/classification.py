@@ -89,7 +89,8 @@ class Classification(Task):
         training = model.training
         model.eval()
         try:
-            return torch.cat([model(self.normalise(part)).float() for part in self._splits[split].inputs.split(EVALUATION_BATCH)])
+            parts = torch.split(self._splits[split].inputs, EVALUATION_BATCH)
+            return torch.cat([model(self.normalise(part)).float() for part in parts])
         finally:
             model.train(training)
 

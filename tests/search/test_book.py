@@ -1,0 +1,130 @@
+"""The book: what runs, what goes on, and how an end is told."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from searches import curve, outcome, reports, resume, search, start, trials
+
+from distprune.search.rungs import Rungs, boundaries, dominates, order
+from distprune.search.trial import Job
+
+pytestmark = pytest.mark.usefixtures("no_finale")
+
+
+def _ending(ended: str) -> Any:
+    def failing(job: Job) -> Iterator[dict[str, Any]]:
+        rows = curve(job)
+        if job.number != 1:
+            yield from rows
+            return
+        first = next(rows)
+        yield first
+        yield {**first, "index": 1, "final": True, "ended": ended, "objective": None, "extra": '{"reason": "it broke"}'}
+
+    return failing
+
+
+@pytest.mark.parametrize("ended", ["nan", "error", "oom"])
+def test_a_failed_trial_is_told_as_failed_with_its_reason_and_the_search_goes_on(ended: str, tmp_path: Path) -> None:
+    folder = start(search(tmp_path), using=_ending(ended))
+    rows = trials(folder)
+    assert rows[1].state.name == "FAIL" and rows[1].user_attrs["end"]["ended"] == ended
+    assert rows[1].user_attrs["end"]["reason"] == "it broke"
+    assert len(rows) == 8 and all(trial.state.is_finished() for trial in rows)
+    whole = start(search(tmp_path, name="whole"))
+    assert [trial.params for trial in trials(whole)] == [trial.params for trial in rows], "proposals of a random sampler are unaffected"
+
+
+def test_stopped_trials_carry_values_and_a_violated_constraint(tmp_path: Path) -> None:
+    folder = start(search(tmp_path, trials=20))
+    stopped = [trial for trial in trials(folder) if trial.user_attrs["end"]["ended"] == "stopped"]
+    assert stopped
+    for trial in stopped:
+        assert trial.state.name == "COMPLETE" and trial.constraints["unfinished"] > 0 and trial.values is not None
+    import optuna
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+
+    study = optuna.load_study(study_name="s", storage=JournalStorage(JournalFileBackend(str(folder.journal))))
+    assert not {trial.number for trial in study.best_trials} & {trial.number for trial in stopped}, "a stopped trial is never on the front"
+
+
+def test_the_longer_a_stopped_trial_ran_the_less_it_violates() -> None:
+    from distprune.search.book import Entry, verdict
+    from toys import recipe
+
+    def constraint(rung: int) -> float:
+        last = {"kept": 100, "sparsity": 0.5, "objective": 0.5}
+        entry = Entry(0, recipe(sparsity=0.9), "", rung=rung, best=0.5, last=last, stopped="rung")
+        return verdict(entry, 4)[3]["unfinished"]
+
+    found = [constraint(rung) for rung in range(4)]
+    assert found == sorted(found, reverse=True) and min(found) > 0
+
+
+def test_equal_recipes_run_once(tmp_path: Path) -> None:
+    space = {"paradigm": ["at_init"], "criterion": ["magnitude", "random"], "allocator": ["erk"], "regularizer": ["none"], "sparsity": 0.9}
+    folder = start(search(tmp_path, trials=10, space=space, scheduler="none"))
+    ends = [trial.user_attrs["end"] for trial in trials(folder)]
+    assert [end["ended"] for end in ends].count("finished") == 2 and [end["ended"] for end in ends].count("duplicate") == 8
+    assert len(reports(folder)) == 2
+    assert all(not trial.constraints["duplicate"] <= 0 for trial in trials(folder) if trial.user_attrs["end"]["ended"] == "duplicate")
+
+
+def test_a_cost_limit_stops_what_runs_and_says_so(tmp_path: Path) -> None:
+    folder = start(search(tmp_path, limits={"trials": 50, "cost": 4000}, scheduler="none"), workers=4)
+    rows = trials(folder)
+    assert len(rows) == 4 and all(trial.state.is_finished() for trial in rows)
+    assert "limit" in [trial.user_attrs["end"]["reason"] for trial in rows]
+
+
+def test_a_zombies_reports_are_ignored(tmp_path: Path) -> None:
+    def twice(job: Job) -> Iterator[dict[str, Any]]:
+        for row in curve(job):
+            yield row
+            if not row["final"]:
+                yield {**row, "objective": 0.0}
+
+    assert outcome(start(search(tmp_path / "a"), workers=1, using=twice)) == outcome(start(search(tmp_path / "b"), workers=1))
+
+
+def test_every_candidate_is_in_a_first_trial(tmp_path: Path) -> None:
+    folder = start(search(tmp_path, trials=12, space={"paradigm": ["dense", "at_init", "dynamic"]}))
+    values = {value for trial in trials(folder) for value in trial.params.values()}
+    assert {"dense", "at_init", "dynamic", "magnitude", "snip", "grasp", "synflow", "random"} <= values
+    assert {"erk", "uniform", "global", "lamp", "per_layer", "power", "l1", "l2", "none", "growing_l2"} <= values
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random", "nsga2"])
+def test_samplers_live_through_a_search_and_a_resume(sampler: str, tmp_path: Path) -> None:
+    one = start(search(tmp_path / "a", trials=18, sampler=sampler), workers=1)
+    two = start(search(tmp_path / "b", trials=13, sampler=sampler), workers=1)
+    resume(two.path, workers=1, trials=18)
+    assert outcome(one) == outcome(two), "a proposal is a function of seed, number and fit set"
+
+
+def test_boundaries_and_order_by_hand() -> None:
+    assert boundaries(10, 100, 3) == [10, 30, 90] and boundaries(10, 90, 3) == [10, 30] and boundaries(10, 10, 3) == []
+    assert dominates((1, 1), (1, 0)) and not dominates((1, 1), (1, 1)) and not dominates((2, 0), (1, 1))
+    rows = [(0, (0.9, -9.0)), (1, (0.5, -1.0)), (2, (0.8, -5.0)), (3, (0.4, -9.0)), (4, (0.85, -9.5))]
+    assert order(rows) == [0, 1, 2, 4, 3], "the front from its ends inwards, then what it dominates"
+
+
+def test_a_sparse_trial_is_not_stopped_for_being_less_accurate() -> None:
+    rungs = Rungs([100], 3)
+    assert rungs.goes_on(0, 0, (0.95, -1000.0)) and not rungs.goes_on(1, 0, (0.94, -1000.0))
+    assert not rungs.goes_on(2, 0, (0.93, -1000.0)) and rungs.goes_on(3, 0, (0.80, -20.0))
+
+
+def test_finished_trials_compete_at_later_rungs() -> None:
+    rungs = Rungs([100, 300], 2)
+    rungs.finished(0, 0, (0.99, -1.0))
+    assert not rungs.goes_on(1, 1, (0.5, -2.0))
+
+
+def test_workers_do_not_change_what_one_trial_is(tmp_path: Path) -> None:
+    one = trials(start(search(tmp_path / "a", scheduler="none"), workers=1))
+    five = trials(start(search(tmp_path / "b", scheduler="none"), workers=5))
+    assert [(t.params, t.values) for t in one] == [(t.params, t.values) for t in five]
