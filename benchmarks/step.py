@@ -166,7 +166,9 @@ def take_turns(loops: Sequence[Iterator[None]], device: torch.device, *, segment
     return found
 
 
-def compare(network: str, case: Case, optimizer: str, *, device: torch.device, segments: int, steps: int, precision: Precision = "fp32") -> Row:
+def compare(
+    network: str, case: Case, optimizer: str, *, device: torch.device, segments: int, steps: int, precision: Precision = "fp32"
+) -> Row:
     """The three loops on one network."""
     data = random_data(case.shape)
     ours = partial(by_distprune, case, optimizer, data, device, steps=steps, precision=precision)

@@ -1,13 +1,14 @@
 """Small parts for tests: a data set and networks, reached from recipes as `import: "toys:name"`."""
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import nn
 
 from distprune.core.data.dataset import Dataset, Split
 from distprune.core.executor import Env, Report, execute
+from distprune.core.options import Choices
 from distprune.core.recipe import Recipe
 from distprune.core.run import Run, prepare
 
@@ -52,6 +53,11 @@ def raises(shape: tuple[int, int, int], classes: int) -> nn.Module:
             return super().forward(inputs.flatten(1))
 
     return Broken(shape[1] * shape[2] * shape[0], classes)
+
+
+def sometimes_explodes(parameters: Any, *, lr: Annotated[float, Choices(0.05, 1e12)] = 0.05) -> torch.optim.Optimizer:
+    """SGD at a rate that is sometimes absurd."""
+    return torch.optim.SGD(parameters, lr=lr)
 
 
 def nothing(shape: tuple[int, int, int], classes: int) -> nn.Module:

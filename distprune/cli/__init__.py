@@ -14,13 +14,13 @@ _UsageError: Any = typer.BadParameter.__bases__[0]  # click's, which newer typer
 def main(arguments: list[str] | None = None) -> int:
     """Run a command. Errors of the user are one line on stderr and exit code 2."""
     try:
-        result = app(arguments, standalone_mode=False)
+        result = app(arguments, prog_name="distprune", standalone_mode=False)
         return int(result or 0)
     except UserError as error:
         return _complain(str(error))
     except _UsageError as error:
         path = error.ctx.command_path if error.ctx else "distprune"
-        return _complain(f"{error.format_message()} See '{path} --help'.")
+        return _complain(f"{error.format_message().rstrip('.')}. See '{path} --help'.")
     except (typer.Abort, KeyboardInterrupt):
         return 130
 

@@ -1,9 +1,9 @@
 """A search as a Ray job: submit it to a cluster, follow it, bring its run folder here.
 
-Relative paths belong to the head, as with scp: a relative storage is taken below the home folder there (`runs` is `~/runs`), never in the
-working folder of the job, which Ray deletes. Where trials run on several nodes, give `--storage` a folder that all of them see. A relative
-data folder is left as it is: it must be absolute, or exist in the folder where the job runs, which holds only what is sent along: the search
-and the user's modules. distprune itself is expected to be installed on every node.
+Relative paths belong to the head, as with scp: a relative storage is taken below the home folder there (`runs` is `~/runs`), never in
+the working folder of the job, which Ray deletes. Where trials run on several nodes, give `--storage` a folder that all of them see. A
+relative data folder is left as it is; it must exist on the nodes, so write it absolute: the job's working folder holds only what is
+sent along, the search and the user's modules. distprune itself is expected to be installed on every node.
 """
 
 import asyncio
@@ -13,6 +13,7 @@ import importlib.util
 import inspect
 import io
 import json
+import logging
 import os
 import re
 import secrets
@@ -172,6 +173,9 @@ def _talking(address: str) -> Iterator[Any]:
         from ray.job_submission import JobSubmissionClient
     except ImportError as error:
         raise _no_jobs() from error
+    for name in ("dashboard_sdk", "job.sdk"):
+        logging.getLogger(f"ray.dashboard.modules.{name}").setLevel(logging.WARNING)
+    logging.getLogger("ray._private.runtime_env.packaging").setLevel(logging.WARNING)
     try:
         requests.get(address, timeout=_CONNECT_S)  # Ray's client would wait for minutes
         client = JobSubmissionClient(address)
@@ -181,7 +185,7 @@ def _talking(address: str) -> Iterator[Any]:
         yield client
     except AuthenticationError as error:
         raise UserError(_about_token(address, error.message)) from None
-    except (OSError, KeyError) as error:  # requests' errors are OSErrors
+    except OSError as error:  # requests' errors too
         why = type(error).__name__
         raise UserError(
             f"No Ray dashboard answers at {address} ({why}). Is the head up, and is its port open or forwarded to here?"
@@ -221,7 +225,10 @@ def _follow(job: str, address: str) -> int:
 
     def show(text: str, start: int) -> None:  # text is the log from character `start` on
         nonlocal seen
-        print(text[max(seen - start, 0) :], end="", flush=True)
+        try:
+            print(text[max(seen - start, 0) :], end="", flush=True)
+        except BrokenPipeError:  # `| head`: nobody reads on, the job needs nobody
+            raise SystemExit(141) from None
         seen = max(seen, start + len(text))
 
     async def stream(client: Any) -> None:

@@ -1,0 +1,148 @@
+"""The commands, and that bad input is one line with exit code 2 that loses nothing."""
+
+import gzip
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from toys import BASE, REPOSITORY
+
+from distprune.cli import main
+
+DIGITS = yaml.safe_load((REPOSITORY / "configs" / "digits.yaml").read_text())
+
+
+def _write(path: Path, value: Any) -> str:
+    path.write_text(yaml.safe_dump(value))
+    return str(path)
+
+
+def _error(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert main(list(arguments)) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("Error: ") and error.count("\n") == 1, error
+    return error
+
+
+def _search(tmp_path: Path, capsys: pytest.CaptureFixture[str], **changes: Any) -> str:
+    config = _write(tmp_path / "s.yaml", {**DIGITS, "storage": str(tmp_path / "runs"), **changes})
+    error = _error(capsys, "search", config)
+    assert not (tmp_path / "runs").exists(), "nothing is written before everything is checked"
+    return error
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"limts": {"trials": 3}}, "Unknown key in search: 'limts'. Did you mean 'limits'?"),
+        ({"limits": {"trials": 0}}, "search.limits.trials must be above 0, got 0"),
+        ({"sampler": "tpee"}, "Unknown sampler 'tpee'. Did you mean 'tpe'?"),
+        ({"space": {"paradigm": ["lht"]}}, "Unknown paradigm 'lht'. Did you mean 'lth'?"),
+        ({"space": {"sparsty": 0.5}}, "Unknown key in space: 'sparsty'. Did you mean 'sparsity'?"),
+        ({"space": {"sparsity": [0.5, 1.0]}}, "space.sparsity must be in [0, 1), got 1.0. To keep 5 % of the weights write 0.95."),
+        ({"space": {"sparsity": [0.5, 0.9999]}}, "The largest feasible sparsity is"),
+        ({"space": {"paradigm": [{"name": "lth", "share": [0.9, 0.1]}]}}, "must be [low, high] with low < high, got [0.9, 0.1]"),
+        ({"workers": {"gpus": 64}}, f"workers.gpus must be at most the {torch.cuda.device_count()} GPUs of this machine, got 64"),
+        ({"workers": {"gpus": 1.5}}, "search.workers.gpus must be a whole number or a share below 1, got 1.5"),
+        ({"name": "../x"}, "search.name must be the name of a new folder, got '../x'"),
+        (
+            {"recipe": {**DIGITS["recipe"], "paradigm": "lth"}},
+            "recipe.paradigm is searched or set for all trials: write it as space.paradigm",
+        ),
+        ({"recipe": {**DIGITS["recipe"], "data": {"name": "mnist", "folder": "/nowhere"}}}, "/nowhere"),
+        ({"recipe": {**BASE, "model": {"import": "toys:nothing"}}}, "must have trainable weights in one of"),
+        ({"recipe": {**DIGITS["recipe"], "model": "vgg_cifar"}}, "model 'vgg_cifar' cannot be built for inputs (1, 8, 8) and 10 classes"),
+        ({"report_every": 5}, "search.report_every must be text, got 5"),
+    ],
+)
+def test_bad_searches(changes: dict[str, Any], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert message in _search(tmp_path, capsys, **changes)
+
+
+@pytest.mark.parametrize("kind", ["gz", "parquet"])
+def test_damaged_data(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    if kind == "gz":
+        for name in ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"):
+            (folder / f"{name}.gz").write_bytes(gzip.compress(b"\0" * 100)[:30])
+    else:
+        for name in ("train", "test"):
+            (folder / f"{name}.parquet").write_bytes(b"PAR1 nonsense PAR1")
+    error = _search(tmp_path, capsys, recipe={**DIGITS["recipe"], "data": {"name": "mnist", "folder": str(folder)}})
+    assert f"{folder}/" in error
+
+
+def test_an_existing_run_is_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "runs" / "digits"
+    run.mkdir(parents=True)
+    (run / "search.yaml").write_text("mine")
+    config = _write(tmp_path / "s.yaml", {**DIGITS, "storage": str(tmp_path / "runs")})
+    error = _error(capsys, "search", config)
+    assert f"{run} exists already. Go on with it: distprune resume {run}; or choose another name: --name NAME." in error
+    assert (run / "search.yaml").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["search", "nowhere.yaml"], "Cannot read nowhere.yaml: No such file or directory"),
+        (["resume", "nowhere"], "nowhere is not a run folder: it has no search.yaml"),
+        (["report", "nowhere"], "nowhere is not a run folder"),
+        (["export", "nowhere", "--to", "x"], "nowhere is not a run folder"),
+        (["list", "criterium"], "Unknown table 'criterium'. Did you mean 'criterion'?"),
+        (["serach"], "No such command 'serach'"),
+        (["search"], "Missing argument 'config'. See 'distprune search --help'."),
+        (["search", "x.yaml", "--trials", "many"], "Invalid value for '--trials': Input should be a valid integer"),
+    ],
+)
+def test_bad_arguments(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert message in _error(capsys, *arguments)
+
+
+def test_bad_yaml(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.yaml").write_text("a: [1,\nb: }")
+    assert "is not valid YAML" in _error(capsys, "check", str(tmp_path / "a.yaml"))
+    (tmp_path / "b.yaml").write_text("- 1\n")
+    assert "must hold a mapping of keys, got list" in _error(capsys, "check", str(tmp_path / "b.yaml"))
+
+
+def test_plan_shows_stages_sparsity_and_cost(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(REPOSITORY / "configs" / "recipe.yaml")]) == 0
+    output = capsys.readouterr().out
+    assert output.count("Train") == 6 and output.count("SetWeights") == 4
+    assert "0.5000" in output and "0.8750" in output and "0.9000" in output and "samples at most" in output
+
+
+def test_run_trains_and_exports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    value = {**BASE, "paradigm": "at_init", "sparsity": 0.5, "allocator": "erk", "model": "mlp"}
+    assert main(["run", _write(tmp_path / "r.yaml", value), "--to", str(tmp_path / "out")]) == 0
+    output = capsys.readouterr().out
+    assert "100%" in output and "finished: accuracy" in output
+    assert {path.name for path in (tmp_path / "out").iterdir()} >= {"masks.safetensors", "weights.safetensors", "model.py", "manifest.json"}
+
+
+def test_list_shows_options_paper_and_file(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list"]) == 0
+    output = capsys.readouterr().out
+    for name in ("magnitude", "per_layer", "growing_l2", "at_init", "resnet_cifar", "fashion_mnist", "nsga2", "pareto_halving"):
+        assert f"  {name}" in output
+    assert "batches = 1 (searched)" in output and "arXiv:1810.02340" in output and "distprune/core/criteria/snip.py" in output
+
+
+@pytest.mark.parametrize("config", sorted((REPOSITORY / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_configs_are_valid(config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    value = yaml.safe_load(config.read_text())
+    data = value.get("recipe", value)["data"]
+    if isinstance(data, dict) and not Path(data.get("folder", "")).exists():
+        pytest.skip(f"needs {data['folder']}")
+    assert main(["check", str(config)]) == 0
+    assert "It is valid." in capsys.readouterr().out
+
+
+def test_check_says_what_is_excluded_and_why(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", str(REPOSITORY / "configs" / "digits.yaml")]) == 0
+    assert "Excluded: dynamic with allocator global: allocator 'global' ranks scores" in capsys.readouterr().out
