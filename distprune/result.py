@@ -57,11 +57,9 @@ class Result:
 
     @property
     def trials(self) -> "pa.Table":
-        """A row a trial. Raises UserError if the search has not ended yet."""
+        """A row a trial; while the search runs, some seconds old. Raises UserError if no trial has begun yet."""
         if not self.folder.trials.exists():
-            raise UserError(
-                f"{self.folder.path} has no trials.parquet: its search has not ended. Go on with: distprune resume {self.folder.path}"
-            )
+            raise UserError(f"{self.folder.path} has no trials yet. Wait, or go on with: distprune resume {self.folder.path}")
         return read_trials(self.folder.trials)
 
     def rows(self) -> list[TrialResult]:

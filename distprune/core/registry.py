@@ -189,6 +189,7 @@ regularizer = Table("regularizer", "distprune.core.hooks")
 paradigm = Table("paradigm", "distprune.core.paradigms", uses=("sparsity", "criterion", "allocator"))
 optimizer = Table("optimizer", "distprune.core.optimizers", keeps_zeros=False)
 decay = Table("decay", "distprune.core.decays")
-model = Table("model", "distprune.core.models")
+# values_only: options that set initial values and nothing else; an export has its own values.
+model = Table("model", "distprune.core.models", values_only=())
 data = Table("data", "distprune.core.data")
 task = Table("task", "distprune.core.tasks")

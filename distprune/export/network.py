@@ -88,7 +88,8 @@ def _verify(folder: Path, run: Run) -> None:
 
 def model_source(choice: Choice, shape: tuple[int, int, int], classes: int, task: Classification) -> str:
     """A Python module with `build()` for the network and `prepare()` for its inputs; distprune's own lines are left out."""
-    arguments = f"{shape}, {classes}" + "".join(f", {name}={value!r}" for name, value in choice.options.items())
+    options = {name: value for name, value in choice.options.items() if name not in choice.entry.facts["values_only"]}
+    arguments = f"{shape}, {classes}" + "".join(f", {name}={value!r}" for name, value in options.items())
     if choice.name.startswith("import:"):
         module, _, function = choice.name.removeprefix("import:").partition(":")
         body = f'"""The network of this export: your own `{module}:{function}`, which must be importable."""\n\n'

@@ -28,7 +28,6 @@ def front_table(result: "Result") -> Table:
         table.add_column(name, justify="right" if name in ("trial", "validation", "test", "kept", "weights", "FLOPs") else "left")
     for trial in result.pareto():
         row = trial.row
-        uses_criterion = row["paradigm"] not in ("dense", "dynamic")
         table.add_row(
             str(row["number"]),
             f"{row['objective']:.4f}",
@@ -37,8 +36,8 @@ def front_table(result: "Result") -> Table:
             f"{row['kept']:,}",
             "" if row["flops"] is None else f"{row['flops']:,.0f}",
             row["paradigm"],
-            row["criterion"] if uses_criterion else "",
-            row["allocator"] if row["paradigm"] != "dense" else "",
+            row["criterion"],
+            row["allocator"],
             row["regularizer"],
         )
     return table

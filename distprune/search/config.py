@@ -20,7 +20,7 @@ class Limits:
 
     trials: int = 30
     cost: float | None = None  # billed samples of all trials together
-    wall: float | None = None  # seconds of this and earlier drivers
+    wall: float | None = None  # seconds of one driver
 
     @classmethod
     def read(cls, value: Any, where: str) -> "Limits":

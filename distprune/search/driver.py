@@ -13,7 +13,7 @@ from distprune.core.config import read_yaml
 from distprune.environment import environment
 from distprune.search.book import DIRECTIONS, Assignment, Book
 from distprune.search.config import Search
-from distprune.search.finale import finalize
+from distprune.search.finale import finalize, write_table
 from distprune.search.proposer import Proposer
 from distprune.search.retention import Retention
 from distprune.search.setup import Setup, set_up
@@ -22,6 +22,8 @@ from distprune.store.files import lock, publish
 from distprune.store.folder import RunFolder
 from distprune.store.reports import ReportWriter, recover
 from distprune.store.study import Truth
+
+TABLE_EVERY_S = 10.0  # `trials.parquet` of a running search is at most this old
 
 Listener = Callable[[str, dict[str, Any]], None]  # (event, facts): what a display hears
 
@@ -45,35 +47,37 @@ def start(search: Search, *, engine: Engine, listen: Listener) -> RunFolder:
     setup = set_up(search)
     engine.open(search)
     folder = RunFolder(search.folder).create()
-    write_search(folder, search)
+    write_search(folder, search, setup.rungs().costs)
     return _drive(setup, folder, engine, listen)
 
 
 def resume(path: str | Path, *, limits: dict[str, Any], engine: Engine, listen: Listener) -> RunFolder:
     """Go on with an interrupted search, or with a finished one under larger `limits`."""
     folder = RunFolder.existing(path)
-    search = read_search(folder)
+    search, rungs = read_search(folder)
     if limits:
         search = replace(search, limits=replace(search.limits, **limits))
     listen("checking", {"search": search})
     setup = set_up(search)
     engine.open(search)
     if limits:
-        write_search(folder, search)
+        write_search(folder, search, rungs)
     return _drive(setup, folder, engine, listen)
 
 
-def write_search(folder: RunFolder, search: Search) -> None:
-    """`search.yaml`: the resolved search, and what it ran on."""
+def write_search(folder: RunFolder, search: Search, rungs: list[int]) -> None:
+    """`search.yaml`: the resolved search, its rungs, which no resume may move, and what it ran on."""
     import yaml
 
-    facts = {"search": search.plain(), "environment": environment()}
+    facts = {"search": search.plain(), "rungs": rungs, "environment": environment()}
     publish(folder.search_yaml, yaml.safe_dump(json.loads(json.dumps(facts)), sort_keys=False).encode())
 
 
-def read_search(folder: RunFolder) -> Search:
-    """The search of a run folder."""
-    return Search.read({**read_yaml(folder.search_yaml)["search"], "storage": str(folder.path.parent), "name": folder.path.name})
+def read_search(folder: RunFolder) -> tuple[Search, list[int]]:
+    """The search of a run folder, and its rungs."""
+    facts = read_yaml(folder.search_yaml)
+    search = Search.read({**facts["search"], "storage": str(folder.path.parent), "name": folder.path.name})
+    return search, list(facts["rungs"])
 
 
 def _drive(setup: Setup, folder: RunFolder, engine: Engine, listen: Listener) -> RunFolder:
@@ -88,7 +92,7 @@ def _drive(setup: Setup, folder: RunFolder, engine: Engine, listen: Listener) ->
             book = Book(
                 space=setup.space,
                 proposer=Proposer(search.sampler, setup.space.build, directions=DIRECTIONS, seed=search.seed),
-                rungs=setup.rungs(),
+                rungs=setup.rungs(read_search(folder)[1]),
                 truth=truth,
                 reports=reports,
                 most_trials=search.limits.trials,
@@ -98,17 +102,32 @@ def _drive(setup: Setup, folder: RunFolder, engine: Engine, listen: Listener) ->
             found = book.reconcile(rows)
             retention = Retention(folder, book)
             retention.sweep()
+            write_table(folder, book)
             if book.has_work:
                 try:
                     listen("running", {"setup": setup, "found": found, "folder": folder})
                     job = functools.partial(_job, setup, folder, book)
-                    engine.run(search, book, job, retention.sweep, lambda: listen("progress", book.summary()))
+                    engine.run(search, book, job, _Ended(folder, book, retention), lambda: listen("progress", book.summary()))
                 finally:
                     book.settle()
         listen("finishing", {"front": sorted(book.front)})
         finalize(folder, book)
         listen("finished", {"summary": book.summary()})
         return folder
+
+
+class _Ended:
+    """What happens when a trial was told: its checkpoints go, and now and then the table of trials is written."""
+
+    def __init__(self, folder: RunFolder, book: Book, retention: Retention) -> None:
+        self._folder, self._book, self._retention = folder, book, retention
+        self._written = time.monotonic()
+
+    def __call__(self, number: int) -> None:
+        self._retention.sweep(number)
+        if time.monotonic() - self._written > TABLE_EVERY_S:
+            self._written = time.monotonic()
+            write_table(self._folder, self._book)
 
 
 def _job(setup: Setup, folder: RunFolder, book: Book, assignment: Assignment) -> Job:

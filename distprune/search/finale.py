@@ -17,7 +17,6 @@ from distprune.store.trials import write_trials
 def finalize(folder: RunFolder, book: Book) -> None:
     """Write `masks/<trial>.safetensors` for the front, `trials.parquet` and `reports.parquet`. Doing it again changes nothing."""
     folder.masks.mkdir(exist_ok=True)
-    tests: dict[int, dict[str, float]] = {}
     for number in sorted(book.front):
         entry = book.entries[number]
         path = folder.masks_file(number)
@@ -25,13 +24,25 @@ def finalize(folder: RunFolder, book: Book) -> None:
             run = load_trial(folder, number, entry.recipe.plain())
             metrics = run.env.task.metrics(run.state.model, "test")  # the one time that test is read
             run.state.masks.save(path, trial=number, key=run.key, recipe=entry.recipe.plain(), test=metrics)
-        with safe_open(str(path), framework="pt") as file:
-            tests[number] = json.loads(file.metadata()["test"])
     for path in folder.masks.glob("*.safetensors"):
         if path.stem.isdigit() and int(path.stem) not in book.front:
             path.unlink()
-    write_trials(folder.trials, [_row(entry, book, tests.get(entry.number)) for entry in book.entries])
+    write_table(folder, book)
     to_parquet(folder.reports, folder.reports_parquet)
+
+
+def write_table(folder: RunFolder, book: Book) -> None:
+    """Write `trials.parquet` as the search stands."""
+    write_trials(folder.trials, [_row(entry, book, _test(folder, entry.number)) for entry in book.entries])
+
+
+def _test(folder: RunFolder, number: int) -> float | None:
+    """The objective on the test split, of a trial that was measured there."""
+    path = folder.masks_file(number)
+    if not path.exists():
+        return None
+    with safe_open(str(path), framework="pt") as file:
+        return float(next(iter(json.loads(file.metadata()["test"]).values())))
 
 
 def load_trial(folder: RunFolder, number: int, recipe: dict[str, Any], *, device: str = "cpu") -> Run:
@@ -45,8 +56,9 @@ def load_trial(folder: RunFolder, number: int, recipe: dict[str, Any], *, device
     raise UserError(f"Trial {number} has kept no weights: only trials on the front do. Choose one of the Pareto table.")
 
 
-def _row(entry: Entry, book: Book, test: dict[str, float] | None) -> dict[str, Any]:
+def _row(entry: Entry, book: Book, test: float | None) -> dict[str, Any]:
     last, recipe = entry.last, entry.recipe
+    uses = recipe.paradigm.entry.facts["uses"]
     extra = json.loads(last.get("extra") or "{}")
     return {
         "number": entry.number,
@@ -54,14 +66,14 @@ def _row(entry: Entry, book: Book, test: dict[str, float] | None) -> dict[str, A
         "reason": entry.stopped or extra.get("reason", ""),
         "pareto": entry.number in book.front,
         "paradigm": recipe.paradigm.name,
-        "criterion": recipe.criterion.name,
-        "allocator": recipe.allocator.name,
+        "criterion": recipe.criterion.name if "criterion" in uses else None,
+        "allocator": recipe.allocator.name if "allocator" in uses else None,
         "regularizer": recipe.regularizer.name,
         "sparsity": last.get("sparsity"),
         "kept": last.get("kept"),
         "objective": last.get("objective"),
         "score": entry.best,
-        "test": None if test is None else next(iter(test.values())),
+        "test": test,
         "params": extra.get("params"),
         "flops": extra.get("flops"),
         "cost": entry.cost,

@@ -42,14 +42,14 @@ class Rungs:
 
     def __init__(self, costs: Sequence[int], reduction: int) -> None:
         self.costs = list(costs)
-        self._reduction = reduction
+        self.reduction = reduction
         self._seen: list[dict[int, Vector]] = [{} for _ in costs]
 
     def goes_on(self, number: int, rung: int, vector: Vector) -> bool:
         """Note the trial's vector at a rung and say whether it goes on. The first trials at a rung always do."""
         self.note(number, rung, vector)
         ranked = order(list(self._seen[rung].items()))
-        return ranked.index(number) < math.ceil(len(ranked) / self._reduction)
+        return ranked.index(number) < math.ceil(len(ranked) / self.reduction)
 
     def note(self, number: int, rung: int, vector: Vector) -> None:
         """Let a trial compete at a rung without deciding on it."""

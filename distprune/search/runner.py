@@ -150,12 +150,10 @@ class Ray:
             )
             try:
                 ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)
-            except (ConnectionError, RuntimeError) as error:
-                if self._address is None:
-                    raise
-                raise UserError(
-                    f"No Ray cluster answers at {self._address}: {error}. Check the address and RAY_AUTH_MODE=token."
-                ) from error
+            except Exception as error:  # Ray raises bare Exceptions too
+                where = f"No Ray cluster answers at {self._address}" if self._address else "Ray did not start on this machine"
+                way_out = "Check the address and RAY_AUTH_MODE=token." if self._address else "Try again when it is less busy."
+                raise UserError(f"{where}: {str(error).rstrip('.')}. {way_out}") from error
         resources = {str(name): float(amount) for name, amount in ray.cluster_resources().items()}  # type: ignore[no-untyped-call]
         self._slots = slots_of(search, resources)
         self._listen("slots", {"slots": self._slots, "resources": resources})

@@ -29,10 +29,10 @@ class Setup:
     mean_cost: int  # samples a random trial bills
     most_cost: int
 
-    def rungs(self) -> Rungs:
-        """Fresh rungs, as the scheduler of the search lays them."""
+    def rungs(self, costs: list[int] | None = None) -> Rungs:
+        """Fresh rungs, as the scheduler of the search lays them, or at given costs (samples)."""
         rungs: Rungs = self.search.scheduler(self.dense_cost, self.most_cost)
-        return rungs
+        return rungs if costs is None else Rungs(costs, rungs.reduction)
 
 
 def set_up(search: Search) -> Setup:

@@ -17,7 +17,7 @@ SCHEMA = pa.schema(
         ("reason", _TEXT),
         ("pareto", pa.bool_()),
         ("paradigm", _TEXT),
-        ("criterion", _TEXT),
+        ("criterion", _TEXT),  # empty where the paradigm uses none, as the allocator
         ("allocator", _TEXT),
         ("regularizer", _TEXT),
         ("sparsity", _NUMBER),

@@ -52,8 +52,9 @@ def test_stopped_trials_carry_values_and_a_violated_constraint(tmp_path: Path) -
 
 
 def test_the_longer_a_stopped_trial_ran_the_less_it_violates() -> None:
-    from distprune.search.book import Entry, verdict
     from toys import recipe
+
+    from distprune.search.book import Entry, verdict
 
     def constraint(rung: int) -> float:
         last = {"kept": 100, "sparsity": 0.5, "objective": 0.5}

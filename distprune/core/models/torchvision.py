@@ -6,7 +6,7 @@ from distprune.core.registry import model
 from distprune.errors import UserError, unknown
 
 
-@model("torchvision")
+@model("torchvision", values_only=("pretrained",))
 def torchvision_model(shape: tuple[int, int, int], classes: int, *, arch: str, pretrained: str = "") -> nn.Module:
     """The torchvision classifier `arch`, with the weights called `pretrained` ('DEFAULT', 'IMAGENET1K_V1') or fresh ones."""
     from torchvision import models
