@@ -69,7 +69,7 @@ def _failure(error: Exception) -> dict[str, Any]:
     else:
         ended = "error"
     text = str(error) if isinstance(error, UserError | Diverged) else f"{type(error).__name__}: {error}"
-    return {"ended": ended, "extra": json.dumps({"reason": " ".join(text.split())[:500]})}
+    return {"ended": ended, "extra": json.dumps({"reason": " ".join(text.split())[:500], "pid": os.getpid()})}
 
 
 def _rows(job: Job, base: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -113,6 +113,7 @@ def _row(report: Report, run: Run) -> dict[str, Any]:
         dense = run.flops()
         extra |= {
             "key": run.key,
+            "pid": os.getpid(),
             "layers": masks.counts,
             "params": sum(p.numel() for p in state.model.parameters()) - masks.total + masks.kept,
             "flops": flops(dense, masks),

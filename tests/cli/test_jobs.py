@@ -75,12 +75,12 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     }
     scratch = tempfile.mkdtemp(prefix="dp", dir="/tmp")  # the path of a Unix socket has room for 107 characters
     ports = dict(zip(("port", "dashboard-port", "dashboard-agent-listen-port", "ray-client-server-port"), _free_ports(4), strict=True))
-    options = [f"--{name}={port}" for name, port in ports.items()]
+    command = ["ray", "start", "--head", "--block", "--num-cpus=2", "--object-store-memory=100000000", "--disable-usage-stats"]
+    command += [f"--temp-dir={scratch}", "--dashboard-host=127.0.0.1", *(f"--{name}={port}" for name, port in ports.items())]
     log = home / "head.log"
     with log.open("w") as output:
         process = subprocess.Popen(
-            ["ray", "start", "--head", "--block", *options, f"--temp-dir={scratch}", "--num-cpus=2", "--dashboard-host=127.0.0.1"]
-            + ["--object-store-memory=100000000", "--disable-usage-stats"],
+            command,
             env=environment,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -93,7 +93,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     finally:
         os.killpg(process.pid, signal.SIGTERM)
         try:
-            process.wait(timeout=60)
+            process.wait(timeout=20)
         except subprocess.TimeoutExpired:
             pass
         _kill_group(process.pid)

@@ -1,5 +1,6 @@
 """Searches on a real Ray: the same decisions as the simulator, failures that stay in their trial, and a driver that is killed."""
 
+import json
 import os
 import signal
 import subprocess
@@ -60,11 +61,12 @@ def test_failures_stay_in_their_trial_and_the_worker_lives_on(tmp_path: Path) ->
     rows = result.trials.to_pylist()
     assert {row["ended"] for row in rows} == {"finished", "nan"}
     assert "the loss is not finite" in next(row["reason"] for row in rows if row["ended"] == "nan")
-    broken = dp.search(
-        search(tmp_path, name="broken", trials=3, recipe={**BASE, "model": {"import": "toys:raises"}}, space={"paradigm": ["dense"]})
-    )
+    recipe = {**BASE, "model": {"import": "toys:raises"}}
+    broken = dp.search(search(tmp_path, name="broken", trials=3, recipe=recipe, space={"paradigm": ["dense"]}, workers={"most": 1}))
     assert [row["ended"] for row in broken.trials.to_pylist()] == ["error"] * 3
     assert "RuntimeError: this network is broken" in broken.trials.to_pylist()[0]["reason"]
+    workers = {json.loads(rows[-1]["extra"])["pid"] for rows in reports(broken.folder).values()}
+    assert len(workers) == 1, "the worker caught each and took the next trial"
     assert broken.pareto() == []
 
 
