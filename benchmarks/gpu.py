@@ -151,12 +151,14 @@ def main() -> int:
     if device.type == "cuda" and not torch.cuda.is_available():
         parser.error("torch sees no GPU here. For a smoke test write --device cpu --quick.")
 
+    if device.type == "cpu":
+        torch.set_num_threads(1)  # on busy cores, threads that wait for each other are many times slower than one
     print(f"{machine(device)}.{' Tiny sizes: the numbers say nothing.' if options.quick else ''}\n", flush=True)
     print(f"## A step, masked at sparsity {SPARSITY}, against a dense loop written by hand, fp32\n", flush=True)
     print(steps_of_all(sizes, device, options.quick), flush=True)
     print(f"\n## Images a second, {'a tiny ResNet' if options.quick else 'ResNet-20'}, sgd\n", flush=True)
     print(images_a_second(sizes, device), flush=True)
-    print(f"\n## CIFAR-10, {epochs} epochs a training, {options.precision}\n", flush=True)
+    print(f"\n## CIFAR-10, {epochs} epoch{'s' if epochs > 1 else ''} a training, {options.precision}\n", flush=True)
     lacking = missing(Path(options.data))
     print(f"Skipped: needs {lacking}." if lacking else cifar_runs(sizes, options.data, epochs, options.precision, device), flush=True)
     return 0

@@ -121,7 +121,7 @@ def by_hand(
 def by_distprune(
     case: Case, optimizer: str, data: Dataset, device: torch.device, *, steps: int, precision: Precision, sparsity: float
 ) -> Iterator[None]:
-    """distprune's loop through a Train stage, after a Prune of every layer to `sparsity` unless that is 0; a yield after every `steps` steps."""
+    """distprune's loop through a Train stage, with every layer pruned to `sparsity`; a yield after every `steps` steps."""
     build = partial(build_model, registry.model.choose(case.model, **case.options), data.shape, data.classes)
     task = registry.task.choose("classification")(data).to(device)
     env = Env(task=task, build=build, seed=0, device=device, report_every=steps, precision=precision)
