@@ -86,9 +86,10 @@ def follow(job: str, *, address: str) -> int:
 
 
 def fetch(job: str, *, address: str, to: Path) -> Path:
-    """Copy the run folder of a job into `to`, without the checkpoints. A job that still runs is copied as it is now.
+    """Copy the run folder of a job into `to`. A job that still runs is copied as it is now.
 
-    Ray has no way to read a file of the head, so a second job there writes it into its own log. Raises UserError above 64 MiB.
+    Ray has no way to read a file of the head, so a second job there writes it into its own log. Above 64 MiB the checkpoints, and with them
+    the weights, stay behind; raises UserError if the rest is larger still.
     """
     with _talking(address) as client:
         run = (_info(client, job).metadata or {}).get("run", "")
@@ -135,9 +136,15 @@ def _pack(run: str, limit: int, mark: str) -> None:
     if not os.path.isfile(os.path.join(folder, "search.yaml")):
         refuse(f"there is no run folder {folder} on the head yet. See what the job says: distprune status JOB --address ADDRESS.")
     with tempfile.TemporaryFile() as file:
-        with tarfile.open(fileobj=file, mode="w:gz", compresslevel=6) as archive:
-            for name in sorted(set(os.listdir(folder)) - {"checkpoints", ".lock"}):
-                archive.add(os.path.join(folder, name), arcname=name, filter=lambda member: member if file.tell() <= limit else None)
+        # Checkpoints hold the weights of the front, which exports need; where they are too large, the rest travels without them.
+        for left_out in ({".lock"}, {".lock", "checkpoints"}):
+            file.seek(0)
+            file.truncate()
+            with tarfile.open(fileobj=file, mode="w:gz", compresslevel=6) as archive:
+                for name in sorted(set(os.listdir(folder)) - left_out):
+                    archive.add(os.path.join(folder, name), arcname=name, filter=lambda member: member if file.tell() <= limit else None)
+            if file.tell() <= limit:
+                break
         if file.tell() > limit:
             refuse(f"{folder} is above {limit // 2**20} MiB. Copy it from shared storage, or from the head with scp or rsync.")
         file.seek(0)

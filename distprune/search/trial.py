@@ -73,7 +73,8 @@ def _failure(error: Exception) -> dict[str, Any]:
 
 
 def _rows(job: Job, base: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    os.chdir(job.working_dir)
+    if os.path.isdir(job.working_dir):  # on another node, Ray has put the worker into its own copy of it
+        os.chdir(job.working_dir)
     torch.set_num_threads(job.threads)
     started = time.monotonic()
     run = prepare(Recipe.read(job.recipe), device=job.device, report_every=job.report_every)

@@ -160,7 +160,8 @@ def test_a_search_is_submitted_followed_and_fetched(head: Head) -> None:
     assert (fetched.returncode, fetched.stdout) == (0, "fetched to here/tiny\n"), fetched.stderr
     folder = head.folder / "here" / "tiny"
     assert distprune.Result(folder).trials.num_rows == 3
-    assert not (folder / "checkpoints").exists()
+    exported = head.distprune("export", "here/tiny", "--to", "exported")
+    assert exported.returncode == 0 and (head.folder / "exported" / "weights.safetensors").exists(), "the weights came along"
     assert [path.name for path in folder.parent.iterdir()] == ["tiny"]
 
     again = head.distprune("fetch", job, "--address", head.address, "--to", "here")
