@@ -1,5 +1,6 @@
 """The one training loop. What would want an `if` in it is a hook."""
 
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -74,6 +75,7 @@ def train(stage: "Train", state: "State", env: "Env") -> Iterator[None]:
 
 
 def _check_finite(losses: list[torch.Tensor], state: "State") -> None:
-    if losses and not bool(torch.isfinite(torch.stack(losses)).all()):
+    finite = math.isfinite(losses[0].item()) if len(losses) == 1 else not losses or bool(torch.isfinite(torch.stack(losses)).all())
+    if not finite:
         raise Diverged(f"the loss is not finite at step {state.clock} of lap {state.lap}. Lower the learning rate or the penalty.")
     losses.clear()

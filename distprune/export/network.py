@@ -109,7 +109,7 @@ def model_source(choice: Choice, shape: tuple[int, int, int], classes: int, task
         '    """Images as bytes, [n, channels, height, width], to what the network takes."""\n'
         f"    scale = 255 * torch.tensor({std}).view(1, -1, 1, 1)\n"
         f"    offset = -255 * torch.tensor({mean}).view(1, -1, 1, 1) / scale\n"
-        "    return torch.addcmul(offset, inputs, 1 / scale)\n"
+        "    return inputs.float() * (1 / scale) + offset\n"
     )
 
 

@@ -49,10 +49,11 @@ def slot(index: int, hook: Hook) -> str:
 @contextmanager
 def viewed(hooks: Sequence[Hook], state: "State", env: "Env", *, train: bool) -> Iterator[None]:
     """Put the hooks' views into the parameters' storage, and take them out again."""
-    parameters = dict(state.model.named_parameters())
+    views = [hook.view(state.slots[slot(index, hook)], state, env, train) for index, hook in enumerate(hooks)]
+    parameters = dict(state.model.named_parameters()) if any(views) else {}
     stored: dict[str, Tensor] = {}
-    for index, hook in enumerate(hooks):
-        for name, tensor in hook.view(state.slots[slot(index, hook)], state, env, train).items():
+    for view in views:
+        for name, tensor in view.items():
             stored.setdefault(name, parameters[name].data)
             parameters[name].data = tensor
     try:

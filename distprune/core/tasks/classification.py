@@ -48,7 +48,7 @@ class Classification(Task):
 
     def normalise(self, inputs: Tensor) -> Tensor:
         """Bytes to floats of mean 0 and variance 1 in each channel."""
-        return torch.addcmul(self._offset, inputs, self._scale)
+        return inputs.float().mul_(self._scale).add_(self._offset)
 
     def batch(self, seed: int, lap: int, clock: int, size: int) -> Batch:
         train = self._splits["train"]
@@ -57,7 +57,7 @@ class Classification(Task):
             order = torch.randperm(len(train), generator=stream(seed, "order", lap, epoch))
             self._order = ((seed, lap, epoch), order.to(train.labels.device))
         index = self._order[1][position * size : (position + 1) * size]
-        inputs = self.normalise(train.inputs[index])
+        inputs = self.normalise(train.inputs.index_select(0, index))  # 30 times as fast as indexing with []
         if self.dataset.augment != "none":
             inputs = augment(inputs, self.dataset.augment, stream(seed, "augment", lap, clock))
         return inputs, train.labels[index]
@@ -65,7 +65,7 @@ class Classification(Task):
     def draw(self, generator: torch.Generator, size: int) -> Batch:
         train = self._splits["train"]
         index = torch.randint(len(train), (size,), generator=generator).to(train.labels.device)
-        return self.normalise(train.inputs[index]), train.labels[index]
+        return self.normalise(train.inputs.index_select(0, index)), train.labels[index]
 
     def samples(self, batch: Batch) -> int:
         return len(batch[1])
@@ -103,11 +103,12 @@ def augment(inputs: Tensor, kind: str, generator: torch.Generator) -> Tensor:
     n, channels, height, width = inputs.shape
     border = _SHIFT if kind == "shift" else _CROP
     padded = F.pad(inputs, (border,) * 4)
-    corner = torch.randint(2 * border + 1, (2, n), generator=generator)
-    rows = corner[0][:, None] + torch.arange(height)
-    columns = corner[1][:, None] + torch.arange(width)
+    device = inputs.device  # a few numbers an image are drawn on the host; the index of every pixel is made where the images are
+    corner = torch.randint(2 * border + 1, (2, n, 1), generator=generator).to(device)
+    rows = corner[0] + torch.arange(height, device=device)
+    columns = corner[1] + torch.arange(width, device=device)
     if kind == "crop_flip":
-        flipped = torch.rand(n, generator=generator) < 0.5
-        columns[flipped] = columns[flipped].flip(1)
-    index = (rows[:, :, None] * (width + 2 * border) + columns[:, None, :]).view(n, 1, -1).to(inputs.device)
+        flipped = (torch.rand(n, 1, generator=generator) < 0.5).to(device)
+        columns = torch.where(flipped, columns.flip(1), columns)
+    index = (rows[:, :, None] * (width + 2 * border) + columns[:, None, :]).view(n, 1, -1)
     return padded.flatten(2).gather(2, index.expand(n, channels, -1)).view(n, channels, height, width)
