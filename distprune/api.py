@@ -19,8 +19,7 @@ from distprune.environment import environment
 if TYPE_CHECKING:
     from distprune.result import Result
     from distprune.search.config import Search
-
-Listener = Callable[[str, dict[str, Any]], None]  # (event, facts): what a display of a search hears
+    from distprune.search.driver import Listener
 
 
 def quiet(event: str, facts: dict[str, Any]) -> None:
@@ -90,7 +89,7 @@ def search(
     storage: str | None = None,
     limits: Mapping[str, Any] | None = None,
     address: str | None = None,
-    listen: Listener = quiet,
+    listen: "Listener" = quiet,
 ) -> "Result":
     """Run a search to its end, on this machine or on the Ray cluster at `address`.
 
@@ -101,22 +100,19 @@ def search(
     from distprune.search.config import Search
     from distprune.search.runner import Ray
 
-    if not isinstance(config, Search):
-        value = dict(config) if isinstance(config, Mapping) else read_yaml(config)
-        changes = {"name": name, "storage": storage}
-        if limits:
-            changes["limits"] = {**value.get("limits", {}), **limits}  # type: ignore[assignment]
-        config = Search.read({**value, **{key: item for key, item in changes.items() if item is not None}})
-    return Result(driver.start(config, engine=Ray(address, listen), listen=listen).path)
+    found = Search.load(config, name=name, storage=storage, limits=limits)
+    return Result(driver.start(found, engine=Ray(address, listen), listen=listen).path)
 
 
-def resume(path: str | Path, *, limits: Mapping[str, Any] | None = None, address: str | None = None, listen: Listener = quiet) -> "Result":
+def resume(
+    path: str | Path, *, limits: Mapping[str, Any] | None = None, address: str | None = None, listen: "Listener" = quiet
+) -> "Result":
     """Go on with an interrupted search, or extend a finished one by larger `limits`."""
     from distprune.result import Result
     from distprune.search import driver
     from distprune.search.runner import Ray
 
-    return Result(driver.resume(path, limits=dict(limits or {}), engine=Ray(address, listen), listen=listen).path)
+    return Result(driver.resume(path, limits=limits or {}, engine=Ray(address, listen), listen=listen).path)
 
 
 def check(config: str | Path) -> list[str]:

@@ -16,5 +16,15 @@ def environment() -> dict[str, str]:
             facts[name] = version(name)
         except PackageNotFoundError:
             continue  # core runs with torch alone
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
-    return {**facts, "python": platform.python_version(), "machine": platform.machine(), "commit": commit.stdout.strip() or "unknown"}
+    return {**facts, "python": platform.python_version(), "machine": platform.machine(), "commit": _commit()}
+
+
+def _commit() -> str:
+    root = Path(__file__).parents[1]
+    if not (root / ".git").exists():
+        return "unknown"  # installed from a wheel; a repository around it would be another one's
+    try:
+        done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=root, check=False)
+    except OSError:
+        return "unknown"
+    return done.stdout.strip() or "unknown"

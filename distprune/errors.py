@@ -1,11 +1,17 @@
 """Errors for users: one line that says the rule, the value and the way out."""
 
+import os
 from collections.abc import Iterable
 from difflib import get_close_matches
 
 
 class UserError(ValueError):
     """Something the user wrote cannot be done. The command line prints it as one line and exits with code 2."""
+
+
+def command(arguments: str) -> str:
+    """A distprune command as this user types it: under `uv run`, no `distprune` is on the path."""
+    return f"{'uv run ' if 'UV_RUN_RECURSION_DEPTH' in os.environ else ''}distprune {arguments}"
 
 
 def unknown(what: str, name: object, known: Iterable[str]) -> UserError:

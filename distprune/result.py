@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from distprune.core.config import read_yaml
 from distprune.core.masks import Masks
-from distprune.errors import UserError
+from distprune.errors import UserError, command
 from distprune.store.folder import RunFolder
 from distprune.store.trials import read_trials
 
@@ -59,7 +59,7 @@ class Result:
     def trials(self) -> "pa.Table":
         """A row a trial; while the search runs, some seconds old. Raises UserError if no trial has begun yet."""
         if not self.folder.trials.exists():
-            raise UserError(f"{self.folder.path} has no trials yet. Wait, or go on with: distprune resume {self.folder.path}")
+            raise UserError(f"{self.folder.path} has no trials yet. Wait, or go on with: {command(f'resume {self.folder.path}')}")
         return read_trials(self.folder.trials)
 
     def rows(self) -> list[TrialResult]:
@@ -72,16 +72,16 @@ class Result:
             (trial for trial in self.rows() if trial.row["pareto"]), key=lambda trial: (-trial.row["objective"], trial.row["kept"])
         )
 
-    def best(self, *, trial: int | None = None, max_params: float | None = None) -> TrialResult:
-        """The most accurate trial of the front on validation, among those that keep at most a share `max_params` of the weights;
+    def best(self, *, trial: int | None = None, max_density: float | None = None) -> TrialResult:
+        """The most accurate trial of the front on validation, among those that keep at most a share `max_density` of the weights;
         or the trial of that number. Raises UserError if there is none."""
         front = self.pareto()
         if trial is not None:
             chosen = [row for row in self.rows() if row.number == trial]
             what = f"trial {trial}"
         else:
-            chosen = [row for row in front if max_params is None or 1 - row.row["sparsity"] <= max_params]
-            what = "a finished trial" if max_params is None else f"a trial that keeps at most {max_params:.1%} of the weights"
+            chosen = [row for row in front if max_density is None or 1 - row.row["sparsity"] <= max_density]
+            what = "a finished trial" if max_density is None else f"a trial that keeps at most {max_density:.1%} of the weights"
         if not chosen:
             numbers = ", ".join(f"{row.number} ({1 - row.row['sparsity']:.1%})" for row in front)
             raise UserError(f"{self.folder.path} has no {what.removeprefix('a ')}. Its front (kept weights): {numbers or 'empty'}.")

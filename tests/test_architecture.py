@@ -77,7 +77,7 @@ COMMANDS = {
     "check": {"config"},
     "list": {"kind"},
     "report": {"run"},
-    "export": {"run", "to", "trial", "most_density"},
+    "export": {"run", "to", "trial", "max_density"},
     "submit": {"config", "address", "name", "storage", "trials", "follow"},
     "status": {"job", "address"},
     "fetch": {"job", "address", "to"},

@@ -1,5 +1,7 @@
 """Small parts for tests: a data set and networks, reached from recipes as `import: "toys:name"`."""
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -7,7 +9,7 @@ import torch
 from torch import nn
 
 from distprune.core.data.dataset import Dataset, Split
-from distprune.core.executor import Env, Report, execute
+from distprune.core.executor import Report, execute
 from distprune.core.options import Choices
 from distprune.core.recipe import Recipe
 from distprune.core.run import Run, prepare
@@ -107,4 +109,21 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(value, b[name]) for name, value in a.items())
 
 
-__all__ = ["BASE", "REPOSITORY", "Env", "blobs", "finish", "network", "nothing", "raises", "ready", "recipe", "same", "tensors"]
+# Runs a script as its own process in which distprune cannot be imported, nor anything that torch and safetensors do not need.
+ALONE = """
+import runpy, sys
+class No:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("distprune", "optuna", "ray", "pyarrow", "sklearn", "yaml"):
+            raise ImportError(name + " is not there")
+sys.meta_path.insert(0, No())
+sys.path.insert(0, sys.argv[1])
+runpy.run_path(sys.argv[1] + "/check.py", run_name="__main__")
+"""
+
+
+def check_alone(folder: Path, **environment: str) -> "subprocess.CompletedProcess[str]":
+    """Run an export's check.py where distprune cannot be imported."""
+    return subprocess.run(
+        [sys.executable, "-c", ALONE, str(folder)], capture_output=True, text=True, check=False, env={"OMP_NUM_THREADS": "1", **environment}
+    )

@@ -31,7 +31,7 @@ def search(config: Config, name: Name = None, storage: Storage = None, trials: T
     from distprune import api
     from distprune.cli.progress import Display
 
-    limits = {"trials": trials} if trials else None
+    limits = {"trials": trials} if trials is not None else None
     with Display() as display:
         result = api.search(config, name=name, storage=storage, limits=limits, address=address, listen=display)
     display.close_with(result)
@@ -109,14 +109,14 @@ def export(
     trial: Annotated[
         int | None, typer.Option(help="Number in the Pareto table; by default the best on validation.", show_default=False)
     ] = None,
-    most_density: Annotated[
+    max_density: Annotated[
         float | None, typer.Option(help="Take the best that keeps at most this share of the weights.", show_default=False)
     ] = None,
 ) -> None:
     """Write masks, pruned weights, a stand-alone model and a manifest of one trial."""
     from distprune.result import Result
 
-    best = Result(run).best(trial=trial, max_params=most_density)
+    best = Result(run).best(trial=trial, max_density=max_density)
     print(f"trial {best.number} exported to {best.export(to)}")
 
 

@@ -24,11 +24,10 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from distprune.errors import UserError, unknown
+from distprune.errors import UserError, command, unknown
 
 MOST_BYTES = 64 * 2**20  # of a run folder that is fetched, compressed: it travels through a job's log
 _OLDEST_RAY = (2, 60)  # as in pyproject.toml; nodes need it for the search itself
@@ -42,11 +41,9 @@ def submit(config: Path, *, address: str, name: str | None, storage: str | None,
     the search is wrong. Modules named by `import:` are taken along from this folder: of a package all, of a module its one file."""
     import yaml
 
-    from distprune.search.config import Limits, Search
+    from distprune.search.config import Search
 
-    search = Search.load(config, name=name, storage=storage)
-    if trials is not None:
-        search = replace(search, limits=Limits.read({**asdict(search.limits), "trials": trials}, "search.limits"))
+    search = Search.load(config, name=name, storage=storage, limits=None if trials is None else {"trials": trials})
     plain = json.loads(json.dumps(search.plain()))
     modules = _user_modules(plain)
     head, *rest = PurePosixPath("~", PurePosixPath(search.storage)).parts  # "~" goes where storage is absolute
@@ -69,8 +66,8 @@ def submit(config: Path, *, address: str, name: str | None, storage: str | None,
                 metadata={"run": run},
             )
     print(f"submitted {job}; on the head its run folder is {run}")
-    print(f"follow it:      distprune status {job} --address {address}")
-    print(f"bring it here:  distprune fetch {job} --address {address}", flush=True)
+    print(f"follow it:      {command(f'status {job} --address {address}')}")
+    print(f"bring it here:  {command(f'fetch {job} --address {address}')}", flush=True)
     return _follow(job, address) if follow else 0
 
 

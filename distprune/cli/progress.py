@@ -5,6 +5,8 @@ import time
 from types import TracebackType
 from typing import Any
 
+from distprune.errors import command
+
 _PLAIN_EVERY_S = 5.0
 
 
@@ -24,7 +26,7 @@ class Display:
         if self._live:
             print("\r\033[K", end="", flush=True)
         if kind is KeyboardInterrupt and self._folder is not None:
-            print(f"Interrupted; nothing is lost. Go on with: distprune resume {self._folder}", flush=True)
+            print(f"Interrupted; nothing is lost. Go on with: {command(f'resume {self._folder}')}", flush=True)
 
     def __call__(self, event: str, facts: dict[str, Any]) -> None:
         getattr(self, f"_on_{event}")(**facts)

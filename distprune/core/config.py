@@ -21,8 +21,9 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
     try:
         text = Path(path).read_text()
-    except OSError as error:
-        raise UserError(f"Cannot read {path}: {error.strerror}. Give the path of a YAML file, such as configs/digits.yaml.") from error
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is not text"
+        raise UserError(f"Cannot read {path}: {why}. Give the path of a YAML file, such as configs/digits.yaml.") from error
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:

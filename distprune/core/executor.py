@@ -18,7 +18,7 @@ class Env:
     """What a run is given and does not change."""
 
     task: Task
-    build: Callable[[], nn.Module]  # a fresh network, drawn from torch's global generator
+    build: Callable[[], nn.Module]  # an untrained network, drawn from torch's global generator
     seed: int
     device: torch.device
     report_every: int  # steps between reports within a Train

@@ -8,6 +8,7 @@ import torch
 
 from distprune.core.hooks.hook import slot, viewed
 from distprune.core.streams import stream_seed
+from distprune.errors import UserError
 
 if TYPE_CHECKING:
     from distprune.core.executor import Env
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 _CHECK_EVERY = 50  # steps between looks at the loss on an accelerator, where a look waits for the device
 
 
-class Diverged(RuntimeError):
+class Diverged(UserError):
     """The loss is no longer finite: NaN times a mask is NaN, so the run ends here."""
 
 
@@ -77,5 +78,5 @@ def train(stage: "Train", state: "State", env: "Env") -> Iterator[None]:
 def _check_finite(losses: list[torch.Tensor], state: "State") -> None:
     finite = math.isfinite(losses[0].item()) if len(losses) == 1 else not losses or bool(torch.isfinite(torch.stack(losses)).all())
     if not finite:
-        raise Diverged(f"the loss is not finite at step {state.clock} of lap {state.lap}. Lower the learning rate or the penalty.")
+        raise Diverged(f"The loss is not finite at step {state.clock} of lap {state.lap}. Lower the learning rate or the penalty.")
     losses.clear()

@@ -1,6 +1,7 @@
 """Masks: which prunable weights of a network are kept."""
 
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
@@ -96,8 +97,11 @@ class Masks(Mapping[str, Tensor]):
         """Write a safetensors file of bool tensors. `metadata` goes in as JSON beside sparsity and the kept weights of each layer."""
         facts = {"format": "distprune.masks/1", "sparsity": self.sparsity, "kept": self.kept, "total": self.total, "layers": self.counts}
         text = {key: json.dumps(value) for key, value in {**facts, **metadata}.items()}
-        save_file({name: mask.cpu().contiguous() for name, mask in self.items()}, str(path), metadata=text)
-        return Path(path)
+        path = Path(path)
+        aside = path.with_name(f".{path.name}.{os.getpid()}")  # readers see a whole file or none
+        save_file({name: mask.cpu().contiguous() for name, mask in self.items()}, str(aside), metadata=text)
+        os.replace(aside, path)
+        return path
 
     @classmethod
     def load(cls, path: str | Path) -> "Masks":

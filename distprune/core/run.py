@@ -2,7 +2,7 @@
 
 import functools
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -40,14 +40,15 @@ class Run:
 
 def prepare(recipe: Recipe, *, device: torch.device | str = "cpu", report_every: str = "1ep") -> Run:
     """Load the data, build the network and the plan. Raises UserError for whatever in the recipe cannot be done."""
-    device = torch.device(device)
+    device = _device(device)
     dataset = load_data(recipe.data)
     task: Task = recipe.task(dataset).to(device)
     per_epoch = task.steps_per_epoch(recipe.train.batch_size)
     build = functools.partial(build_model, recipe.model, dataset.shape, dataset.classes)
+    untrained = {name: value for name, value in recipe.model.options.items() if name not in recipe.model.entry.facts["values_only"]}
     env = Env(
         task=task,
-        build=build,
+        build=functools.partial(build_model, replace(recipe.model, options=untrained), dataset.shape, dataset.classes),
         seed=recipe.seed,
         device=device,
         report_every=max(to_steps(report_every, steps_per_epoch=per_epoch), 1),
@@ -55,6 +56,15 @@ def prepare(recipe: Recipe, *, device: torch.device | str = "cpu", report_every:
     )
     state = State.new(build, seed=recipe.seed, device=device, include=recipe.include, exclude=recipe.exclude)
     return Run(recipe=recipe, plan=recipe.plan(per_epoch), state=state, env=env)
+
+
+def _device(name: torch.device | str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device must be one that torch can use here, got '{name}': {str(error).splitlines()[0]} Write cpu.") from error
+    return device
 
 
 def build_model(choice: Choice, shape: tuple[int, int, int], classes: int) -> torch.nn.Module:
@@ -77,7 +87,12 @@ def load_data(choice: Choice) -> Dataset:
     """The data set of a choice, loaded once for all trials of a process."""
     text = json.dumps(choice.plain(), sort_keys=True)
     if text not in _LOADED:
-        dataset = choice()
+        try:
+            dataset = choice()
+        except UserError:
+            raise
+        except Exception as error:  # a user's function may raise anything
+            raise UserError(f"data '{choice.name}' cannot be loaded: {type(error).__name__}: {error}") from error
         if not isinstance(dataset, Dataset):
             raise UserError(f"data '{choice.name}' must return a distprune.Dataset, got {type(dataset).__name__}.")
         _LOADED.clear()

@@ -2,6 +2,8 @@
 
 import math
 
+from distprune.errors import UserError
+
 
 def rounds(sparsity: float, *, share: float) -> list[float]:
     """Sparsity after each round when every round removes `share` of what is left; the last is clipped to the target.
@@ -11,6 +13,8 @@ def rounds(sparsity: float, *, share: float) -> list[float]:
     >>> rounds(0.5, share=0.2)
     [0.2, 0.36, 0.488, 0.5]
     """
+    if not 0 < share <= 1:
+        raise UserError(f"share must be in (0, 1], got {share}. To remove a fifth of what is left in every round write 0.2.")
     steps = []
     density = 1.0
     while density * (1 - share) > (1 - sparsity) * (1 + 1e-9):

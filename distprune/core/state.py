@@ -127,6 +127,15 @@ class State:
         written = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
         save_file(written, str(path), metadata={"format": FORMAT, "tree": json.dumps(tree)})
 
+    @staticmethod
+    def facts(path: str | Path) -> dict[str, Any]:
+        """The facts in the header of a saved state. Raises UserError if it is not one."""
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                return dict(json.loads((file.metadata() or {})["tree"])["facts"])
+        except Exception as error:  # a damaged file may fail in safetensors or JSON
+            raise UserError(f"{path} is not a readable state: {error}.") from error
+
     def load(self, path: str | Path) -> dict[str, Any]:
         """Take over what `save` wrote, into this state's network, and return the facts. Raises UserError if the file does not fit."""
         device = next(self.model.parameters()).device

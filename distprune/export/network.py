@@ -12,6 +12,7 @@ import ast
 import hashlib
 import inspect
 import json
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -77,13 +78,23 @@ def _read(folder: Path) -> list[tuple[str, bytes]]:
 
 
 def _verify(folder: Path, run: Run) -> None:
-    """Raise RuntimeError unless the files on disk hold the run's masks and weights, and every removed weight is zero."""
+    """Raise RuntimeError unless the files hold the run's masks and weights, removed weights are zero, and model.py predicts alike."""
     masks, values = Masks.load(folder / "masks.safetensors"), load_file(folder / "weights.safetensors")
     same = masks.equal(run.state.masks.to("cpu")) and all(
         torch.equal(values[name], value.cpu()) for name, value in run.state.values().items()
     )
     if not same or any(bool(values[name][~mask].any()) for name, mask in masks.items()):
         raise RuntimeError(f"The export in {folder} differs from the trial. This is a defect of distprune: please report it.")
+    module = runpy.run_path(str(folder / "model.py"))
+    test = load_file(folder / "test.safetensors")
+    network = module["build"]().eval()
+    network.load_state_dict(values)
+    with torch.no_grad():
+        predictions = network(module["prepare"](test["inputs"][:EVALUATION_BATCH])).argmax(1)
+    # Another device rounds otherwise, and an image on the border of two classes may fall on the other side.
+    differ = int((predictions != test["predictions"][:EVALUATION_BATCH]).sum())
+    if differ > (0 if run.env.device.type == "cpu" else 0.01 * len(predictions)):
+        raise RuntimeError(f"{folder}/model.py does not predict as the trial does. This is a defect of distprune: please report it.")
 
 
 def model_source(choice: Choice, shape: tuple[int, int, int], classes: int, task: Classification) -> str:
@@ -93,7 +104,8 @@ def model_source(choice: Choice, shape: tuple[int, int, int], classes: int, task
     if choice.name.startswith("import:"):
         module, _, function = choice.name.removeprefix("import:").partition(":")
         body = f'"""The network of this export: your own `{module}:{function}`, which must be importable."""\n\n'
-        body += f"import torch\n\nfrom {module} import {function}\n"
+        body += f"import torch\n\nfrom {module} import {function} as network\n"
+        function = "network"
     else:
         function = choice.entry.function.__name__
         body = standalone(inspect.getsource(inspect.getmodule(choice.entry.function)))  # type: ignore[arg-type]
@@ -128,6 +140,7 @@ def standalone(source: str) -> str:
 CHECK = f'''"""Checks this export with torch and safetensors alone: removed weights are zero, and every prediction is the recorded one."""
 
 import json
+import runpy
 from pathlib import Path
 
 import torch

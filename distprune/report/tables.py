@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from distprune.core.stages import Prune
+from distprune.errors import command
 
 if TYPE_CHECKING:
     from distprune.core.run import Run
@@ -67,8 +68,9 @@ def show_result(result: "Result") -> None:
         print(line)
     print(f"Results: {path}/trials.parquet, {path}/masks/, {path}/study.journal (opens in optuna-dashboard)")
     print("Next:")
-    print(f"  distprune export {path} --to exported/{path.name}")
-    print(f"  distprune resume {path} --trials {2 * len(result.trials)}")
+    if result.pareto():
+        print(f"  {command(f'export {path} --to exported/{path.name}')}")
+    print(f"  {command(f'resume {path} --trials {2 * len(result.trials)}')}")
 
 
 def plan_table(run: "Run") -> Table:

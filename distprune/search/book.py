@@ -37,6 +37,7 @@ class Entry:
     last: dict[str, Any] = field(default_factory=dict)  # latest report
     ended: str = ""  # finished, stopped, error, nan, oom, duplicate; empty while it runs
     stopped: str = ""  # why the driver stopped it: rung, limit
+    reason: str = ""  # why it ended, once told
     spent: float = 0.0  # samples really run in earlier attempts
     spent_now: float = 0.0  # and in the latest
     told: bool = False
@@ -177,10 +178,10 @@ class Book:
             return  # interrupted: it stays RUNNING in the journal and is resumed
         self._reports.flush()
         ended, state, values, constraints = verdict(entry, len(self.rungs.costs))
-        extra = json.loads(entry.last.get("extra") or "{}")
+        entry.reason = entry.stopped or json.loads(entry.last.get("extra") or "{}").get("reason", "")
         attrs = {
             "ended": ended,
-            "reason": entry.stopped or extra.get("reason", ""),
+            "reason": entry.reason,
             "rung": entry.rung,
             "cost": entry.cost,
             "spent": entry.spent + entry.spent_now,
@@ -239,7 +240,8 @@ class Book:
                 self._decide(entry, row)
         for entry, trial in zip(self.entries, trials, strict=True):
             if trial.state.is_finished():
-                entry.ended, entry.told = trial.user_attrs["end"]["ended"], True
+                end = trial.user_attrs["end"]
+                entry.ended, entry.reason, entry.told = end["ended"], end["reason"], True
         self._proposer.restore(trials)
         counts = {"ended": sum(entry.told for entry in self.entries), "told now": 0, "queued again": 0}
         for entry in self.entries:
@@ -262,7 +264,14 @@ class Book:
         return not self.limit_reached and (bool(self._requeued) or len(self.entries) < self._most_trials)
 
     def settle(self) -> None:
-        """Tell what is decided and was not told: Ray drops running trials without a word when it is interrupted."""
+        """Tell what is decided and was not told: Ray drops running trials without a word when it is interrupted.
+
+        Under a limit, trials that wait to be run again will not be: they are stopped as the running ones were.
+        """
+        if self.limit_reached:
+            for number in self._requeued:
+                self.entries[number].stopped = "limit"
+            self._requeued = []
         for entry in self.entries:
             if entry.decided and not entry.told and not entry.ended == "duplicate":
                 self.finish(entry.number)

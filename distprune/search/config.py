@@ -74,17 +74,24 @@ class Search:
             raise UserError(f"{where}.name must be the name of a new folder, got {search.name!r}. Write name: digits.")
         check_length(search.report_every, f"{where}.report_every", relative=False)
         check_length(search.recovery, f"{where}.recovery", relative=False)
-        for key in ("paradigm", "seed"):
+        for key in ("paradigm", "sparsity", "criterion", "allocator", "regularizer"):
             if key in search.recipe:
-                place = "space.paradigm" if key == "paradigm" else "seed, beside recipe"
-                raise UserError(f"recipe.{key} is searched or set for all trials: write it as {place}.")
+                raise UserError(f"recipe.{key} must not be set in a search, got {search.recipe[key]!r}. Write it as space.{key}.")
+        if "seed" in search.recipe:
+            raise UserError(f"recipe.seed must not be set in a search, got {search.recipe['seed']!r}. Write seed beside recipe.")
         Recipe.read({**search.recipe, "paradigm": "dense"})  # unknown keys, names and types fail here
         return search
 
     @classmethod
-    def load(cls, path: str | Path, **changes: Any) -> "Search":
-        """From a YAML file."""
-        return cls.read({**read_yaml(path), **{key: value for key, value in changes.items() if value is not None}})
+    def load(
+        cls, source: "str | Path | Mapping[str, Any] | Search", *, limits: Mapping[str, Any] | None = None, **changes: Any
+    ) -> "Search":
+        """From a YAML file or a mapping, with `limits` and other keys changed where they are given."""
+        value = source.plain() if isinstance(source, Search) else dict(source) if isinstance(source, Mapping) else read_yaml(source)
+        value |= {key: item for key, item in changes.items() if item is not None}
+        if limits:
+            value["limits"] = {**(value.get("limits") or {}), **limits}
+        return cls.read({key: item for key, item in value.items() if item is not None})
 
     def plain(self) -> dict[str, Any]:
         """As YAML writes it, defaults included; `read` is the inverse."""

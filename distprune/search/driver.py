@@ -4,18 +4,19 @@ import functools
 import json
 import os
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 from distprune.core.config import read_yaml
 from distprune.environment import environment
+from distprune.errors import UserError
 from distprune.search.book import DIRECTIONS, Assignment, Book
 from distprune.search.config import Search
 from distprune.search.finale import finalize, write_table
 from distprune.search.proposer import Proposer
 from distprune.search.retention import Retention
+from distprune.search.rungs import Rungs
 from distprune.search.setup import Setup, set_up
 from distprune.search.trial import Job
 from distprune.store.files import lock, publish
@@ -47,73 +48,69 @@ def start(search: Search, *, engine: Engine, listen: Listener) -> RunFolder:
     setup = set_up(search)
     engine.open(search)
     folder = RunFolder(search.folder).create()
-    write_search(folder, search, setup.rungs().costs)
-    return _drive(setup, folder, engine, listen)
+    with lock(folder.path):
+        rungs = setup.rungs()
+        _write_search(folder, {"search": search.plain(), "rungs": rungs.costs, "environment": environment()})
+        return _drive(setup, rungs, folder, engine, listen)
 
 
-def resume(path: str | Path, *, limits: dict[str, Any], engine: Engine, listen: Listener) -> RunFolder:
-    """Go on with an interrupted search, or with a finished one under larger `limits`."""
+def resume(path: str | Path, *, limits: Mapping[str, Any], engine: Engine, listen: Listener) -> RunFolder:
+    """Go on with an interrupted search, or with a finished one under larger `limits`. Rungs and first environment stay as they are."""
     folder = RunFolder.existing(path)
-    search, rungs = read_search(folder)
-    if limits:
-        search = replace(search, limits=replace(search.limits, **limits))
-    listen("checking", {"search": search})
-    setup = set_up(search)
-    engine.open(search)
-    if limits:
-        write_search(folder, search, rungs)
-    return _drive(setup, folder, engine, listen)
+    with lock(folder.path):
+        facts = read_yaml(folder.search_yaml)
+        if not {"search", "rungs", "environment"} <= facts.keys():
+            raise UserError(
+                f"{folder.search_yaml} must hold search, rungs and environment. Restore it, or start a new search from your own file."
+            )
+        search = Search.load(facts["search"], limits=limits, storage=str(folder.path.parent), name=folder.path.name)
+        listen("checking", {"search": search})
+        setup = set_up(search)
+        engine.open(search)
+        if limits:
+            _write_search(folder, {**facts, "search": search.plain()})
+        return _drive(setup, setup.rungs(facts["rungs"]), folder, engine, listen)
 
 
-def write_search(folder: RunFolder, search: Search, rungs: list[int]) -> None:
-    """`search.yaml`: the resolved search, its rungs, which no resume may move, and what it ran on."""
+def _write_search(folder: RunFolder, facts: dict[str, Any]) -> None:
     import yaml
 
-    facts = {"search": search.plain(), "rungs": rungs, "environment": environment()}
     publish(folder.search_yaml, yaml.safe_dump(json.loads(json.dumps(facts)), sort_keys=False).encode())
 
 
-def read_search(folder: RunFolder) -> tuple[Search, list[int]]:
-    """The search of a run folder, and its rungs."""
-    facts = read_yaml(folder.search_yaml)
-    search = Search.read({**facts["search"], "storage": str(folder.path.parent), "name": folder.path.name})
-    return search, list(facts["rungs"])
-
-
-def _drive(setup: Setup, folder: RunFolder, engine: Engine, listen: Listener) -> RunFolder:
+def _drive(setup: Setup, rungs: Rungs, folder: RunFolder, engine: Engine, listen: Listener) -> RunFolder:
     search = setup.search
-    with lock(folder.path):
-        truth = Truth.open(folder.journal, search.name, DIRECTIONS)
-        rows, damage = recover(folder.reports)
-        if damage:
-            listen("damaged", {"message": damage})
-        started = time.monotonic()
-        with ReportWriter(folder.reports) as reports:
-            book = Book(
-                space=setup.space,
-                proposer=Proposer(search.sampler, setup.space.build, directions=DIRECTIONS, seed=search.seed),
-                rungs=setup.rungs(read_search(folder)[1]),
-                truth=truth,
-                reports=reports,
-                most_trials=search.limits.trials,
-                most_cost=search.limits.cost,
-                out_of_time=lambda: search.limits.wall is not None and time.monotonic() - started >= search.limits.wall,
-            )
-            found = book.reconcile(rows)
-            retention = Retention(folder, book)
-            retention.sweep()
-            write_table(folder, book)
+    truth = Truth.open(folder.journal, search.name, DIRECTIONS)
+    rows, damage = recover(folder.reports)
+    if damage:
+        listen("damaged", {"message": damage})
+    started = time.monotonic()
+    with ReportWriter(folder.reports) as reports:
+        book = Book(
+            space=setup.space,
+            proposer=Proposer(search.sampler, setup.space.build, directions=DIRECTIONS, seed=search.seed),
+            rungs=rungs,
+            truth=truth,
+            reports=reports,
+            most_trials=search.limits.trials,
+            most_cost=search.limits.cost,
+            out_of_time=lambda: search.limits.wall is not None and time.monotonic() - started >= search.limits.wall,
+        )
+        found = book.reconcile(rows)
+        retention = Retention(folder, book)
+        retention.sweep()
+        write_table(folder, book)
+        try:
             if book.has_work:
-                try:
-                    listen("running", {"setup": setup, "found": found, "folder": folder})
-                    job = functools.partial(_job, setup, folder, book)
-                    engine.run(search, book, job, _Ended(folder, book, retention), lambda: listen("progress", book.summary()))
-                finally:
-                    book.settle()
-        listen("finishing", {"front": sorted(book.front)})
-        finalize(folder, book)
-        listen("finished", {"summary": book.summary()})
-        return folder
+                listen("running", {"setup": setup, "found": found, "folder": folder})
+                job = functools.partial(_job, setup, folder, book)
+                engine.run(search, book, job, _Ended(folder, book, retention), lambda: listen("progress", book.summary()))
+        finally:
+            book.settle()
+    listen("finishing", {"front": sorted(book.front)})
+    finalize(folder, book)
+    listen("finished", {"summary": book.summary()})
+    return folder
 
 
 class _Ended:

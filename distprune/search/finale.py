@@ -63,7 +63,7 @@ def _row(entry: Entry, book: Book, test: float | None) -> dict[str, Any]:
     return {
         "number": entry.number,
         "ended": entry.ended or "running",
-        "reason": entry.stopped or extra.get("reason", ""),
+        "reason": entry.reason,
         "pareto": entry.number in book.front,
         "paradigm": recipe.paradigm.name,
         "criterion": recipe.criterion.name if "criterion" in uses else None,

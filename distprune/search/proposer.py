@@ -21,7 +21,6 @@ FIT_SET = 200  # finished trials that a model is fitted to: a suggestion costs t
 class Proposal:
     """What a sampler proposed for a trial."""
 
-    number: int
     recipe: Recipe
     params: Mapping[str, Any]
     distributions: Mapping[str, BaseDistribution]
@@ -58,7 +57,7 @@ class Proposer:
         self._ids[number] = trial._trial_id
         self._running[number] = frozen
         system = {key: value for key, value in frozen.system_attrs.items() if key != "fixed_params"}
-        return Proposal(number, recipe, dict(trial.params), dict(trial.distributions), system)
+        return Proposal(recipe, dict(trial.params), dict(trial.distributions), system)
 
     def tell(self, number: int, state: TrialState, values: Sequence[float] | None, constraints: Mapping[str, float]) -> None:
         """Let the sampler know how a trial ended."""
@@ -75,19 +74,18 @@ class Proposer:
 
     def restore(self, trials: Sequence[FrozenTrial]) -> None:
         """Start from the trials of a journal, running ones included."""
-        finished = [(trial.number, trial) for trial in trials if trial.state.is_finished()]
         self._running = {trial.number: trial for trial in trials if not trial.state.is_finished()}
         self._finished = []
-        # Trimming happens at fixed counts, so a resumed search fits to the same trials as an undisturbed one.
-        for row in finished:
-            self._finished.append(row)
-            if not self._keeps_all and len(self._finished) >= 2 * FIT_SET:
-                self._finished = self._best_and_latest()
+        for trial in trials:
+            if trial.state.is_finished():
+                self._finished.append((trial.number, trial))
+                if not self._keeps_all and len(self._finished) >= 2 * FIT_SET:
+                    self._finished = self._best_and_latest()
         self._refresh()
 
     def _best_and_latest(self) -> list[tuple[int, FrozenTrial]]:
-        latest = self._finished[-FIT_SET // 2 :]
-        rest = self._finished[: -FIT_SET // 2]
+        by_birth = sorted(self._finished, key=lambda row: row[0])
+        latest, rest = by_birth[-FIT_SET // 2 :], by_birth[: -FIT_SET // 2]
         signs = [1 if direction == "maximize" else -1 for direction in self._directions]
 
         def worth(row: tuple[int, FrozenTrial]) -> tuple[bool, int]:
@@ -105,8 +103,12 @@ class Proposer:
         return sorted(best, key=lambda row: row[0]) + latest
 
     def _refresh(self) -> None:
+        """Rebuild the study with its trials in the order of their birth, which is the order in which a sampler saw them."""
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         self._study = optuna.create_study(directions=self._directions)
-        self._study.add_trials([trial for _, trial in self._finished])
         storage, study_id = self._study._storage, self._study._study_id
-        self._ids = {number: storage.create_new_trial(study_id, trial) for number, trial in sorted(self._running.items())}
+        self._ids = {}
+        for number, trial in sorted([*self._finished, *self._running.items()], key=lambda row: row[0]):
+            trial_id = storage.create_new_trial(study_id, trial)
+            if number in self._running:
+                self._ids[number] = trial_id

@@ -23,7 +23,6 @@ class Setup:
 
     search: Search
     space: Space
-    steps_per_epoch: int
     total: int  # prunable weights
     dense_cost: int  # samples of one dense training
     mean_cost: int  # samples a random trial bills
@@ -38,6 +37,8 @@ class Setup:
 def set_up(search: Search) -> Setup:
     """Load the data, build the network once and try the space out. Raises UserError for what cannot be done."""
     dense = prepare(Recipe.read({**search.recipe, "paradigm": "dense", "seed": search.seed}))
+    if dense.env.task.direction != "maximize":
+        raise UserError(f"A search maximizes the task's objective, {dense.env.task.objective!r} is to be minimized. Give its negative.")
     shapes = {name: tuple(weight.shape) for name, weight in dense.state.weights.items()}
     space = Space(search.recipe, search.space, seed=search.seed, layers=list(shapes))
     kept_for(space.sparsities[1], layers_of(shapes))
@@ -45,7 +46,7 @@ def set_up(search: Search) -> Setup:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     costs = [space.build(study.ask()).plan(per_epoch).cost for _ in range(_LOOKED_AT)]
-    return Setup(search, space, per_epoch, dense.state.masks.total, dense.plan.cost, sum(costs) // len(costs), max(costs))
+    return Setup(search, space, dense.state.masks.total, dense.plan.cost, sum(costs) // len(costs), max(costs))
 
 
 def check_machine(search: Search) -> None:

@@ -21,6 +21,7 @@ from distprune.core.projection import project
 from distprune.core.recipe import Recipe
 from distprune.core.run import Run, prepare
 from distprune.core.stages import Prune
+from distprune.core.state import State
 from distprune.errors import UserError
 from distprune.store.folder import RunFolder
 
@@ -86,17 +87,17 @@ def _rows(job: Job, base: dict[str, Any]) -> Iterator[dict[str, Any]]:
     grace = grace_cost(run.plan)
     recovery = to_steps(job.recovery, steps_per_epoch=run.env.task.steps_per_epoch(run.recipe.train.batch_size))
     rung = max((row["rung"] for row in outbox), default=-1)
-    resumed_at, saved_at = run.state.ledger.cost, started
+    ledger, saved_at = run.state.ledger, started
+    before = ledger.cost + ledger.observing  # run in earlier attempts
     kept_checkpoints: list[Path] = []
     for report in execute(run.plan, run.state, run.env):
         row = {**base, **_row(report, run)}
         crossed = rung if report.cost < grace else sum(report.cost >= cost for cost in job.rungs) - 1
         if crossed > rung and not report.final:
-            row["score"], spent = project(run.state, run.recipe, run.env, recovery=recovery)
-            run.state.ledger.observing += spent
+            row["score"] = _score(run, report, recovery)
         elif report.final:
             row["score"] = row["objective"]
-        row |= {"rung": crossed, "spent": report.cost - resumed_at + run.state.ledger.observing, "wall_s": time.monotonic() - started}
+        row |= {"rung": crossed, "spent": ledger.cost + ledger.observing - before, "wall_s": time.monotonic() - started}
         outbox.append(row)
         if crossed > rung or report.final or time.monotonic() - saved_at > CHECKPOINT_EVERY_S:
             saved_at = time.monotonic()
@@ -107,20 +108,27 @@ def _rows(job: Job, base: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield row
 
 
+def _score(run: Run, report: Report, recovery: int) -> float:
+    """The score at a rung; the plain objective where the projected copy cannot be trained, which must not end the trial."""
+    try:
+        score, spent = project(run.state, run.recipe, run.env, recovery=recovery)
+    except UserError:
+        return report.metrics[run.env.task.objective]
+    run.state.ledger.observing += spent
+    return score
+
+
 def _row(report: Report, run: Run) -> dict[str, Any]:
     extra = {"metrics": report.metrics, "stage": report.stage, "clock": report.clock, "lap": report.lap}
     if report.final:
         masks, state = run.state.masks, run.state
-        dense = run.flops()
         extra |= {
             "key": run.key,
             "pid": os.getpid(),
             "layers": masks.counts,
             "params": sum(p.numel() for p in state.model.parameters()) - masks.total + masks.kept,
-            "flops": flops(dense, masks),
-            "dense_flops": sum(dense.values()),
-            "collapsed": collapsed(state.model, masks, run.env.task.example()),
             "ledger": asdict(state.ledger),
+            **_diagnosis(run),
         }
     return {
         "index": report.index,
@@ -134,6 +142,16 @@ def _row(report: Report, run: Run) -> dict[str, Any]:
         "score": None,
         "extra": json.dumps(extra),
     }
+
+
+def _diagnosis(run: Run) -> dict[str, Any]:
+    """FLOPs and collapsed layers; empty for a network that does not run in float64 or under the counter, which fails no trial."""
+    try:
+        dense = run.flops()
+        dead = collapsed(run.state.model, run.state.masks, run.env.task.example())
+    except Exception:  # the forward pass is the user's
+        return {}
+    return {"flops": flops(dense, run.state.masks), "dense_flops": sum(dense.values()), "collapsed": dead}
 
 
 def grace_cost(plan: Plan) -> int:
@@ -154,14 +172,14 @@ def _save(folder: RunFolder, run: Run, outbox: list[dict[str, Any]]) -> Path:
 
 
 def _restore(folder: RunFolder, job: Job, run: Run) -> list[dict[str, Any]]:
-    """Load the newest readable checkpoint of any attempt into the run's state and return its reports; unreadable ones are passed over."""
+    """Load the newest readable checkpoint of any attempt into the run's state and return its reports; others are passed over."""
     for checkpoint in checkpoints(folder, job.number):
+        file = checkpoint / "state.safetensors"
         try:
-            facts = run.state.load(checkpoint / "state.safetensors")
+            if State.facts(file)["key"] == run.key:  # another torch or an edited model would go on from bits that are not its own
+                return list(run.state.load(file)["outbox"])
         except UserError:
             continue
-        if facts["key"] == run.key:
-            return list(facts["outbox"])
     return []
 
 

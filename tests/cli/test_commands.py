@@ -102,9 +102,30 @@ def test_bad_arguments(arguments: list[str], message: str, capsys: pytest.Captur
     assert message in _error(capsys, *arguments)
 
 
+@pytest.mark.parametrize(
+    ("changes", "arguments", "message"),
+    [
+        ({"paradigm": {"name": "lth", "share": 0}}, [], "share must be in (0, 1], got 0.0"),
+        ({"paradigm": {"name": "gradual", "updates": 0}}, [], "paradigm.updates must be at least 1, got 0"),
+        ({"regularizer": {"name": "growing_l2", "every": 0}}, [], "regularizer.every must be at least 1, got 0"),
+        ({"data": {"import": "toys:recipe"}}, [], "data 'import:toys:recipe' must return a distprune.Dataset, got Recipe"),
+        ({"data": {"import": "toys:tensors"}}, [], "data 'import:toys:tensors' cannot be loaded: TypeError"),
+        ({"train": {"length": "1ep", "optimizer": {"name": "sgd", "lr": 1e12}}}, [], "The loss is not finite at step"),
+        ({}, ["--device", "tpu9"], "device must be one that torch can use here, got 'tpu9'"),
+    ],
+)
+def test_bad_recipes(
+    changes: dict[str, Any], arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    value = {**BASE, "paradigm": "at_init", "sparsity": 0.5, "allocator": "erk", **changes}
+    assert message in _error(capsys, "run", _write(tmp_path / "r.yaml", value), *arguments)
+
+
 def test_bad_yaml(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "a.yaml").write_text("a: [1,\nb: }")
     assert "is not valid YAML" in _error(capsys, "check", str(tmp_path / "a.yaml"))
+    (tmp_path / "c.yaml").write_bytes(bytes(range(256)))
+    assert "it is not text" in _error(capsys, "check", str(tmp_path / "c.yaml"))
     (tmp_path / "b.yaml").write_text("- 1\n")
     assert "must hold a mapping of keys, got list" in _error(capsys, "check", str(tmp_path / "b.yaml"))
 

@@ -1,7 +1,6 @@
 """An export is read without distprune, and gives the recorded test accuracy image for image."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,23 +8,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from toys import BASE
+from toys import BASE, check_alone
 
 import distprune as dp
 from distprune.core import registry
 from distprune.errors import UserError
-
-# Runs a script as its own process in which distprune cannot be imported, nor anything that torch and safetensors do not need.
-ALONE = """
-import runpy, sys
-class No:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("distprune", "optuna", "ray", "pyarrow", "sklearn", "yaml"):
-            raise ImportError(name + " is not there")
-sys.meta_path.insert(0, No())
-sys.path.insert(0, sys.argv[1])
-runpy.run_path(sys.argv[1] + "/check.py", run_name="__main__")
-"""
 
 
 def _run(**changes: Any) -> Any:
@@ -33,17 +20,11 @@ def _run(**changes: Any) -> Any:
     return dp.run(value)
 
 
-def _check(folder: Path, **environment: str) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(
-        [sys.executable, "-c", ALONE, str(folder)], capture_output=True, text=True, check=False, env={"OMP_NUM_THREADS": "1", **environment}
-    )
-
-
 @pytest.mark.parametrize("model", ["mlp", "lenet5", {"name": "resnet_cifar", "depth": 8, "width": 4}])
 def test_a_plain_script_gets_the_recorded_predictions(model: Any, tmp_path: Path) -> None:
     outcome = _run(model=model)
     folder = outcome.export(tmp_path / "out")
-    done = _check(folder)
+    done = check_alone(folder)
     assert done.returncode == 0, done.stderr
     manifest = json.loads((folder / "manifest.json").read_text())
     accuracy = outcome.run.env.task.metrics(outcome.model, "test")["accuracy"]
@@ -62,7 +43,7 @@ def test_a_users_own_class_is_imported_from_where_it_is(tmp_path: Path) -> None:
         folder = _run(model={"import": "my_net:net", "hidden": 16}).export(tmp_path / "out")
     finally:
         sys.path.remove(str(tmp_path))
-    done = _check(folder, PYTHONPATH=str(tmp_path))
+    done = check_alone(folder, PYTHONPATH=str(tmp_path))
     assert done.returncode == 0 and "0 predictions differ" in done.stdout, done.stderr
 
 
@@ -71,7 +52,7 @@ def test_a_changed_file_is_noticed(tmp_path: Path) -> None:
     weights = load_file(folder / "weights.safetensors")
     first = next(name for name in weights if name.endswith("weight"))
     save_file({**weights, first: torch.randn_like(weights[first])}, str(folder / "weights.safetensors"))
-    done = _check(folder)
+    done = check_alone(folder)
     assert done.returncode != 0 and "a removed weight is not zero" in done.stderr
 
 

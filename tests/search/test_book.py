@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 from searches import curve, outcome, reports, resume, search, start, trials
 
+from distprune.errors import UserError
 from distprune.search.rungs import Rungs, boundaries, dominates, order
 from distprune.search.trial import Job
+from distprune.store.files import lock
 
 pytestmark = pytest.mark.usefixtures("no_finale")
 
@@ -79,6 +81,47 @@ def test_a_cost_limit_stops_what_runs_and_says_so(tmp_path: Path) -> None:
     rows = trials(folder)
     assert len(rows) == 4 and all(trial.state.is_finished() for trial in rows)
     assert "limit" in [trial.user_attrs["end"]["reason"] for trial in rows]
+
+
+def test_a_limit_ends_what_was_interrupted_too(tmp_path: Path) -> None:
+    """Driver dies with trials running, and the limit holds when it comes back: none stays RUNNING."""
+
+    def dying(job: Job) -> Iterator[dict[str, Any]]:
+        for row in curve(job):
+            yield row
+            if row["index"] == 2 and job.number == 3:
+                raise KeyboardInterrupt
+
+    value = search(tmp_path, trials=50, scheduler="none")
+    with pytest.raises(KeyboardInterrupt):
+        start(value, workers=4, using=dying)
+    folder = resume(value.folder, workers=1, cost=2500)
+    assert all(trial.state.is_finished() for trial in trials(folder))
+    assert {trial.user_attrs["end"]["reason"] for trial in trials(folder)} == {"limit"}
+
+
+def test_a_time_limit_stops_the_search(tmp_path: Path) -> None:
+    folder = start(search(tmp_path, limits={"trials": 50, "wall": 1e-9}))
+    assert trials(folder) == []
+    resume(folder.path, wall=1e9, trials=3)
+    assert [trial.user_attrs["end"]["ended"] for trial in trials(folder)].count("finished") >= 1
+
+
+@pytest.mark.parametrize("limits", [{"trials": 0}, {"cost": -1.0}])
+def test_a_bad_limit_leaves_the_run_as_it_was(limits: dict[str, Any], tmp_path: Path) -> None:
+    folder = start(search(tmp_path, trials=2))
+    before = folder.search_yaml.read_bytes()
+    with pytest.raises(UserError, match="must be above 0"):
+        resume(folder.path, **limits)
+    assert folder.search_yaml.read_bytes() == before
+
+
+def test_a_run_in_use_is_not_touched(tmp_path: Path) -> None:
+    folder = start(search(tmp_path, trials=2))
+    before = folder.search_yaml.read_bytes()
+    with lock(folder.path), pytest.raises(UserError, match="is in use by process"):
+        resume(folder.path, trials=9)
+    assert folder.search_yaml.read_bytes() == before
 
 
 def test_a_zombies_reports_are_ignored(tmp_path: Path) -> None:

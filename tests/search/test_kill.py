@@ -36,7 +36,8 @@ def _count_writes(value: Any, monkeypatch: pytest.MonkeyPatch) -> int:
     return writes[0]
 
 
-def _killed_at(value: Any, at: int, mode: str, *, again: bool = False) -> None:
+def _killed_at(value: Any, at: int, mode: str, *, again: bool = False) -> bool:
+    """Whether a child was killed at that write; it may have had fewer."""
     child = os.fork()
     if child == 0:
         count, original = [0], files._write
@@ -57,7 +58,8 @@ def _killed_at(value: Any, at: int, mode: str, *, again: bool = False) -> None:
             resume(value.folder) if again else start(value)
         finally:
             os._exit(0)
-    os.waitpid(child, 0)
+    _, status = os.waitpid(child, 0)
+    return os.WIFSIGNALED(status)
 
 
 def _check(folder: Any, undisturbed: dict[int, list[dict[str, Any]]]) -> None:
@@ -83,10 +85,11 @@ def test_killed_at_every_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     for at in range(1, writes + 1):
         for mode in ("before", "half", "after"):
             value = search(tmp_path / "killed", trials=TRIALS)
-            _killed_at(value, at, mode)
+            assert _killed_at(value, at, mode)
             if not (value.folder / "search.yaml").exists():
                 shutil.rmtree(tmp_path / "killed")
-                continue  # killed before the search was written down: there is nothing to lose
+                assert at == 1, "only the first write comes before there is something to lose"
+                continue
             folder = resume(value.folder)
             _check(folder, expected)
             assert [row[3] for row in outcome(folder)] == params, "a trial's parameters depend on seed and number alone"
@@ -96,9 +99,9 @@ def test_killed_at_every_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_killed_again_and_again(tmp_path: Path) -> None:
     whole = start(search(tmp_path / "whole", trials=TRIALS, scheduler="none"))
     value = search(tmp_path / "killed", trials=TRIALS)
-    _killed_at(value, 12, "half")
+    assert _killed_at(value, 12, "half")
     for at in (3, 5, 2, 7, 9, 4):
-        _killed_at(value, at, "half", again=True)
+        assert _killed_at(value, at, "half", again=True)
     _check(resume(value.folder), reports(whole))
 
 

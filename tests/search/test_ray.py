@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 import yaml
 from searches import outcome, reports, search, start, trials
-from toys import BASE
+from toys import BASE, check_alone
 
 import distprune as dp
+from distprune.cli import main
 from distprune.search.trial import run_trial
 from distprune.store.folder import RunFolder
 
@@ -33,9 +34,10 @@ def toys_are_importable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(TESTS))
 
 
-def test_ray_with_one_worker_decides_as_the_simulator(tmp_path: Path) -> None:
-    on_ray = dp.search(search(tmp_path / "ray", trials=6, workers={"most": 1}))
-    simulated = start(search(tmp_path / "simulated", trials=6), workers=1, using=run_trial)
+def test_ray_with_one_worker_decides_as_the_simulator(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = {**BASE, "model": {"name": "lenet5", "width": 0.2}}
+    on_ray = dp.search(search(tmp_path / "ray", trials=6, recipe=recipe, workers={"most": 1}))
+    simulated = start(search(tmp_path / "simulated", trials=6, recipe=recipe), workers=1, using=run_trial)
     assert outcome(on_ray.folder) == outcome(simulated)
     columns = ("index", "cost", "objective", "score", "rung", "kept")
     for number, rows in reports(simulated).items():
@@ -46,6 +48,15 @@ def test_ray_with_one_worker_decides_as_the_simulator(tmp_path: Path) -> None:
     assert front and all(trial.row["test"] is not None and trial.masks.kept == trial.row["kept"] for trial in front)
     kept = {int(path.name) for path in on_ray.folder.checkpoints.iterdir()}
     assert kept == {trial.number for trial in front}, "only trials on the front keep their weights"
+
+    assert main(["report", str(on_ray.folder.path)]) == 0
+    shown = capsys.readouterr().out
+    assert "Pareto front of" in shown and f"export {on_ray.folder.path} --to" in shown
+    best = on_ray.best(max_density=0.5)
+    assert main(["export", str(on_ray.folder.path), "--max-density", "0.5", "--to", str(tmp_path / "best")]) == 0
+    assert f"trial {best.number} exported" in capsys.readouterr().out
+    done = check_alone(tmp_path / "best")
+    assert done.returncode == 0 and f"test accuracy {best.row['test']:.4f} on 100 images, 0 predictions differ" in done.stdout, done.stderr
 
 
 def test_failures_stay_in_their_trial_and_the_worker_lives_on(tmp_path: Path) -> None:
@@ -68,6 +79,11 @@ def test_failures_stay_in_their_trial_and_the_worker_lives_on(tmp_path: Path) ->
     workers = {json.loads(rows[-1]["extra"])["pid"] for rows in reports(broken.folder).values()}
     assert len(workers) == 1, "the worker caught each and took the next trial"
     assert broken.pareto() == []
+
+
+def _facts(folder: RunFolder) -> list[list[Any]]:
+    columns = ("trial", "index", "cost", "objective", "score", "rung", "kept")
+    return [[row[name] for name in columns] for rows in reports(folder).values() for row in rows]
 
 
 def _environment() -> dict[str, str]:

@@ -2,16 +2,19 @@
 
 import json
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from searches import resume, search, start
 from toys import finish, ready, recipe, same, tensors
 
 from distprune.core.executor import execute
 from distprune.core.projection import project
+from distprune.result import Result
 from distprune.search.trial import Job, checkpoints, grace_cost, run_trial
 from distprune.store.folder import RunFolder
 
@@ -130,3 +133,14 @@ def test_projecting_changes_nothing_and_measures_the_final_budget() -> None:
 def test_grace_is_the_first_round_of_plans_that_prune_in_rounds() -> None:
     assert grace_cost(ready(ROUNDS, sparsity=0.9).plan) == 4 * 320 + (4 * 320 - 4 * 32)
     assert grace_cost(ready("finetune").plan) == grace_cost(ready("at_init").plan) == grace_cost(ready("dense").plan) == 0
+
+
+def test_the_end_of_a_search_can_be_done_again(tmp_path: Path) -> None:
+    folder = start(search(tmp_path, trials=3, report_every="4ep"), workers=1, using=run_trial)
+    rows, masks = Result(folder.path).trials.to_pylist(), {path.name for path in folder.masks.iterdir()}
+    assert masks == {f"{row['number']}.safetensors" for row in rows if row["pareto"]}
+    shutil.rmtree(folder.masks)
+    folder.trials.unlink()
+    resume(folder.path, workers=1, using=run_trial)
+    again = Result(folder.path).trials.to_pylist()
+    assert again == rows and {path.name for path in folder.masks.iterdir()} == masks

@@ -8,6 +8,7 @@ import torch
 from distprune.core.hooks.hook import Hook, Memory
 from distprune.core.options import LogRange
 from distprune.core.registry import regularizer
+from distprune.errors import UserError
 
 if TYPE_CHECKING:
     from distprune.core.executor import Env
@@ -68,4 +69,6 @@ def l1(*, strength: Annotated[float, LogRange(1e-6, 1e-3)] = 1e-5) -> Hook:
 @regularizer("growing_l2", paper="Wang et al. 2021, arXiv:2012.09243: the growth, on all weights")
 def growing_l2(*, step: Annotated[float, LogRange(1e-6, 1e-4)] = 1e-5, every: int = 10, ceiling: float = 1.0) -> Hook:
     """An L2 penalty that grows by `step` every `every` steps up to `ceiling`."""
+    if every < 1:
+        raise UserError(f"regularizer.every must be at least 1, got {every}. Write 10.")
     return GrowingPenalty(step_size=step, every=every, ceiling=ceiling)

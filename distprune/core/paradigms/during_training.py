@@ -12,7 +12,9 @@ from distprune.core.registry import paradigm
 from distprune.errors import UserError
 
 
-def _check_span(begin: int, end: int, length: int) -> None:
+def _check_span(begin: int, end: int, length: int, updates: int) -> None:
+    if updates < 1:
+        raise UserError(f"paradigm.updates must be at least 1, got {updates}. Write 20.")
     if not begin < end <= length:
         raise UserError(
             f"paradigm.begin < paradigm.end <= train.length must hold, got steps {begin}, {end}, {length}. Write '10%' and '75%'."
@@ -29,7 +31,7 @@ def gradual(
 ) -> Plan:
     """Train once while sparsity rises along a cubic, in `updates` steps between `begin` and `end`."""
     length = recipe.train.length
-    _check_span(begin, end, length)
+    _check_span(begin, end, length, updates)
     hook = Gradual(
         begin=max(begin, 1),
         end_at=end,
@@ -55,7 +57,7 @@ def dynamic(
 ) -> Plan:
     """Train sparse from random masks; drop small weights and grow others, at random (SET) or by gradient (RigL), until `end`."""
     length = recipe.train.length
-    _check_span(0, end, length)
+    _check_span(0, end, length, updates)
     every = max(end // updates, 1)
     hook = Regrow(begin=every, end_at=end - 1 if end == length else end, every=every, growth=growth, share=share)
     start = recipe.prune(recipe.sparsity, criterion=registry.criterion.choose("random"))
