@@ -1,5 +1,6 @@
 """The one executor: runs any plan from any state and yields reports."""
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from distprune.core.loop import Diverged
 from distprune.core.plan import Plan
 from distprune.core.state import State
 from distprune.core.task import Task
@@ -87,6 +89,8 @@ def _work(plan: Plan, state: State, env: Env) -> Iterator[Report]:
 def _report(state: State, env: Env, *, final: bool) -> Report:
     with env.autocast():
         metrics = env.task.metrics(state.model, "validation")
+    if wrong := [name for name, value in metrics.items() if not math.isfinite(value)]:  # the last step may have been one too many
+        raise Diverged(f"The validation {wrong[0]} is not finite at step {state.clock} of lap {state.lap}. Lower the learning rate.")
     state.reports += 1
     return Report(
         index=state.reports - 1,

@@ -46,7 +46,7 @@ class Rungs:
         self._seen: list[dict[int, Vector]] = [{} for _ in costs]
 
     def goes_on(self, number: int, rung: int, vector: Vector) -> bool:
-        """Note the trial's vector at a rung and say whether it goes on. The first trials at a rung always do."""
+        """Note the trial's vector at a rung and say whether it goes on. The first trial at a rung always does."""
         self.note(number, rung, vector)
         ranked = order(list(self._seen[rung].items()))
         return ranked.index(number) < math.ceil(len(ranked) / self.reduction)

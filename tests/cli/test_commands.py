@@ -49,7 +49,7 @@ def _search(tmp_path: Path, capsys: pytest.CaptureFixture[str], **changes: Any) 
         ({"name": "../x"}, "search.name must be the name of a new folder, got '../x'"),
         (
             {"recipe": {**DIGITS["recipe"], "paradigm": "lth"}},
-            "recipe.paradigm is searched or set for all trials: write it as space.paradigm",
+            "recipe.paradigm must not be set in a search, got 'lth'. Write it as space.paradigm.",
         ),
         ({"recipe": {**DIGITS["recipe"], "data": {"name": "mnist", "folder": "/nowhere"}}}, "/nowhere"),
         ({"recipe": {**BASE, "model": {"import": "toys:nothing"}}}, "must have trainable weights in one of"),
@@ -110,7 +110,7 @@ def test_bad_arguments(arguments: list[str], message: str, capsys: pytest.Captur
         ({"regularizer": {"name": "growing_l2", "every": 0}}, [], "regularizer.every must be at least 1, got 0"),
         ({"data": {"import": "toys:recipe"}}, [], "data 'import:toys:recipe' must return a distprune.Dataset, got Recipe"),
         ({"data": {"import": "toys:tensors"}}, [], "data 'import:toys:tensors' cannot be loaded: TypeError"),
-        ({"train": {"length": "1ep", "optimizer": {"name": "sgd", "lr": 1e12}}}, [], "The loss is not finite at step"),
+        ({"train": {"length": "1ep", "optimizer": {"name": "sgd", "lr": 1e12}}}, [], "loss is not finite at step"),
         ({}, ["--device", "tpu9"], "device must be one that torch can use here, got 'tpu9'"),
     ],
 )
