@@ -52,8 +52,8 @@ def test_ray_with_one_worker_decides_as_the_simulator(tmp_path: Path, capsys: py
     assert main(["report", str(on_ray.folder.path)]) == 0
     shown = capsys.readouterr().out
     assert "Pareto front of" in shown and f"export {on_ray.folder.path} --to" in shown
-    best = on_ray.best(max_density=0.5)
-    assert main(["export", str(on_ray.folder.path), "--max-density", "0.5", "--to", str(tmp_path / "best")]) == 0
+    best = on_ray.best()
+    assert main(["export", str(on_ray.folder.path), "--max-density", "1", "--to", str(tmp_path / "best")]) == 0
     assert f"trial {best.number} exported" in capsys.readouterr().out
     done = check_alone(tmp_path / "best")
     assert done.returncode == 0 and f"test accuracy {best.row['test']:.4f} on 100 images, 0 predictions differ" in done.stdout, done.stderr
@@ -71,7 +71,7 @@ def test_failures_stay_in_their_trial_and_the_worker_lives_on(tmp_path: Path) ->
     )
     rows = result.trials.to_pylist()
     assert {row["ended"] for row in rows} == {"finished", "nan"}
-    assert "the loss is not finite" in next(row["reason"] for row in rows if row["ended"] == "nan")
+    assert "loss is not finite" in next(row["reason"] for row in rows if row["ended"] == "nan")
     recipe = {**BASE, "model": {"import": "toys:raises"}}
     broken = dp.search(search(tmp_path, name="broken", trials=3, recipe=recipe, space={"paradigm": ["dense"]}, workers={"most": 1}))
     assert [row["ended"] for row in broken.trials.to_pylist()] == ["error"] * 3
