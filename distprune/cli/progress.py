@@ -66,7 +66,8 @@ class Display:
         ends = summary["ends"]
         running = ends["running"]
         ended = summary["born"] - running
-        parts = [f"{ended}/{summary['most']} trials done", f"{running} running", f"{ends['stopped']} stopped"]
+        most = max(summary["most"], summary["born"])  # a resume may lower the limit below what was begun
+        parts = [f"{ended}/{most} trials done", f"{running} running", f"{ends['stopped']} stopped"]
         failed = ends["error"] + ends["nan"] + ends["oom"]
         if failed:
             parts.append(f"{failed} failed")
@@ -75,7 +76,7 @@ class Display:
         parts.append(f"front {summary['front']}")
         done = ended - self._held
         if done > 0:
-            left = (time.monotonic() - self._started) / done * (summary["most"] - ended)
+            left = (time.monotonic() - self._started) / done * (most - ended)
             parts.append(f"about {_duration(left)} left")
         return " | ".join(parts)
 
