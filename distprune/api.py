@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from distprune.core import run as core_run
@@ -17,6 +18,7 @@ from distprune.environment import environment
 
 # A recipe runs where only torch is installed: what needs Ray, Optuna or Arrow is imported by the calls that use it.
 if TYPE_CHECKING:
+    from distprune.report.sanity import Sanity
     from distprune.result import Result
     from distprune.search.config import Search
     from distprune.search.driver import Listener
@@ -115,6 +117,49 @@ def resume(
     return Result(driver.resume(path, limits=limits or {}, engine=Ray(address, listen), listen=listen).path)
 
 
+def sanity(
+    path: str | Path,
+    *,
+    trial: int | None = None,
+    seeds: int = 3,
+    device: str = "cpu",
+    to: str | Path | None = None,
+    listen: "Listener" = quiet,
+) -> "Sanity":
+    """Check what the mask of a trial in a run folder, or of an export folder, knows besides its layer budgets; `core/sanity.py` says how.
+
+    `trial` is by default the most accurate pruned one of the front; `to` is a new JSON file for the numbers.
+    Raises UserError for a folder, trial or mask that cannot be checked, before anything is trained.
+    """
+    from distprune.core import sanity as checks
+    from distprune.report.sanity import Sanity, check_target
+    from distprune.result import found_masks
+
+    checks.check_seeds(seeds)
+    check_target(to)
+    found = found_masks(path, trial)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(found.threads or threads)  # the bits of a trial depend on it
+    try:
+        ready = prepare(found.recipe, device=device)
+        listen("rerunning", {"name": found.name})
+        subject = checks.subject_of(ready, found.masks)
+        task, notes = ready.env.task, found.notes + subject.notes
+        listen("subject", {"protocol": subject.protocol, "notes": notes})
+        results = []
+        for result in checks.sanity(subject, seeds):
+            results.append(result)
+            listen("retrained", {"result": result, "share": len(results) / (seeds * len(subject.variants))})
+    finally:
+        torch.set_num_threads(threads)
+    outcome = Sanity(
+        protocol=subject.protocol, notes=notes, objective=task.objective, maximize=task.direction == "maximize", results=tuple(results)
+    )
+    if to is not None:
+        outcome.write(to, name=found.name, recipe=ready.recipe.plain(), device=device, versions=environment())
+    return outcome
+
+
 def check(config: str | Path) -> list[str]:
     """Validate a recipe or a search without starting anything; returns lines that say what it is. Raises UserError for what is wrong."""
     from distprune.search.config import Search
@@ -126,7 +171,7 @@ def check(config: str | Path) -> list[str]:
         return [f"{config}: a recipe of {len(ready.plan.stages)} stages that bills {ready.plan.cost:,} samples. It is valid."]
     found = Search.read(value)
     setup = set_up(found)
-    axes = ", ".join(f"{len(candidates)} {axis} entries" for axis, candidates in setup.space.axes.items())
+    axes = ", ".join(f"{axis} ({len(candidates)})" for axis, candidates in setup.space.axes.items())
     return [
         f"{config}: a search over {axes}, {setup.total:,} prunable weights.",
         f"A dense training bills {setup.dense_cost:,} samples, a trial {setup.mean_cost:,} on average and {setup.most_cost:,} at most.",

@@ -15,6 +15,8 @@ from distprune.store.trials import read_trials
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from distprune.report.sanity import Sanity
+
 
 @dataclass(frozen=True)
 class TrialResult:
@@ -37,6 +39,12 @@ class TrialResult:
     def masks(self) -> Masks:
         """Its masks. Raises UserError if the trial is not on the front."""
         return Masks.load(self.folder.masks_file(self.number))
+
+    def sanity(self, *, seeds: int = 3, device: str = "cpu") -> "Sanity":
+        """Check what its mask knows besides its layer budgets. Raises UserError if it has none."""
+        from distprune.api import sanity
+
+        return sanity(self.folder.path, trial=self.number, seeds=seeds, device=device)
 
     def export(self, to: str | Path) -> Path:
         """Write masks, pruned weights, a stand-alone model and a manifest to the new folder `to`; UserError if no weights are left."""
@@ -86,3 +94,64 @@ class Result:
             numbers = ", ".join(f"{row.number} ({1 - row.row['sparsity']:.1%})" for row in front)
             raise UserError(f"{self.folder.path} has no {what.removeprefix('a ')}. Its front (kept weights): {numbers or 'empty'}.")
         return chosen[0]
+
+
+@dataclass(frozen=True)
+class FoundMasks:
+    """Masks with the recipe that made them, from a run folder or an export."""
+
+    name: str
+    recipe: Mapping[str, Any]
+    masks: Masks
+    value: float  # the objective on validation, as it was recorded
+    threads: int | None = None  # that the trial had; None where it is not recorded
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the masks are, in one line."""
+        return (f"{self.name}: {self.masks.kept:,} of {self.masks.total:,} weights kept, {self.value:.4f} on validation as recorded.",)
+
+
+def found_masks(path: str | Path, trial: int | None = None) -> FoundMasks:
+    """The masks of a trial in a run folder, by default the most accurate pruned one of the front, or those of an export folder.
+
+    Raises UserError if there are none.
+    """
+    path = Path(path)
+    if (path / "manifest.json").is_file():
+        if trial is not None:
+            raise UserError(f"{path} is the export of one trial, so there is none to choose, got --trial {trial}. Leave it out.")
+        return _exported(path)
+    if not RunFolder(path).search_yaml.is_file():
+        raise UserError(f"{path} is neither a run folder, which has a search.yaml, nor an export, which has a manifest.json.")
+    return _of_trial(Result(path), trial)
+
+
+def _exported(path: Path) -> FoundMasks:
+    masks = Masks.load(path / "masks.safetensors")
+    try:
+        manifest = json.loads((path / "manifest.json").read_text())
+        value = next(iter(manifest["metrics"]["validation"].values()))
+        name = f"{path} (trial {manifest['trial']} of {manifest['run']})" if "trial" in manifest else str(path)
+        return FoundMasks(name, dict(manifest["recipe"]), masks, float(value))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
+        raise UserError(
+            f"{path / 'manifest.json'} is not the manifest of an export ({type(error).__name__}: {error}). Export again."
+        ) from error
+
+
+def _of_trial(result: Result, trial: int | None) -> FoundMasks:
+    front = ", ".join(f"{row.number} ({1 - row.row['sparsity']:.1%})" for row in result.pareto()) or "empty"
+    if trial is None:
+        pruned = [row for row in result.pareto() if row.row["sparsity"]]
+        if not pruned:
+            raise UserError(f"{result.folder.path} has no pruned trial on its front (kept weights): {front}. There is no mask to check.")
+        trial = pruned[0].number
+    chosen = result.best(trial=trial)
+    if chosen.row["sparsity"] == 0:
+        raise UserError(f"Trial {trial} is dense: there is no mask to check. Choose a pruned one with --trial. The front: {front}.")
+    if not result.folder.masks_file(trial).is_file():
+        raise UserError(f"Trial {trial} has no masks: only trials on the front keep them, once the search has ended. The front: {front}.")
+    threads = read_yaml(result.folder.search_yaml).get("search", {}).get("workers", {}).get("cpus")
+    name = f"trial {trial} of {result.folder.path}"
+    return FoundMasks(name, chosen.recipe, chosen.masks, float(chosen.row["objective"]), threads)

@@ -78,6 +78,7 @@ COMMANDS = {
     "list": {"kind"},
     "report": {"run"},
     "export": {"run", "to", "trial", "max_density"},
+    "sanity": {"run", "trial", "seeds", "device", "to"},
     "submit": {"config", "address", "name", "storage", "trials", "follow"},
     "status": {"job", "address"},
     "fetch": {"job", "address", "to"},

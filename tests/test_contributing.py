@@ -35,7 +35,7 @@ def _run(copy: Path, *arguments: str) -> str:
 
 def test_is_listed(copy: Path) -> None:
     output = _run(copy, "-m", "distprune", "list", "criterion")
-    assert "gradient" in output and "Absolute gradient |dL/dw|" in output and "batches = 1 (searched)" in output
+    assert "gradient" in output and "Absolute gradient |dL/dw|" in output and "batches = 1 (searched in" in output
 
 
 def test_is_configurable_and_searched(copy: Path) -> None:
@@ -45,7 +45,7 @@ from distprune.core.recipe import Recipe
 from distprune.search.space import Space
 recipe = Recipe.read({**BASE, "paradigm": "at_init", "sparsity": 0.5, "criterion": {"name": "gradient", "batches": 3}})
 space = Space(BASE, {}, seed=0)
-print(recipe.criterion.plain(), any(first.get("criterion") == "gradient" for first in space.covering()))
+print(recipe.criterion.plain(), any("gradient" in first.values() for first in space.covering()))
 """
     assert "{'name': 'gradient', 'batches': 3} True" in _run(copy, "-c", program)
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import torch
 from torch import nn
 
+from distprune.core import registry
 from distprune.core.data.dataset import Dataset, Split
 from distprune.core.executor import Report, execute
 from distprune.core.options import Choices
@@ -28,6 +29,18 @@ def blobs(*, train: int = 320) -> Dataset:
         return Split((templates[labels] + noise).clamp(0, 255).byte(), labels)
 
     return Dataset("blobs", split(train), split(100), split(100), classes=10, mean=(0.5,), std=(0.25,))
+
+
+def photos() -> Dataset:
+    """Noise in three channels, 32x32, two classes."""
+    generator = torch.Generator().manual_seed(0)
+
+    def split(n: int) -> Split:
+        return Split(
+            torch.randint(256, (n, 3, 32, 32), generator=generator, dtype=torch.uint8), torch.randint(2, (n,), generator=generator)
+        )
+
+    return Dataset("photos", split(32), split(16), split(16), classes=2, mean=(0.5,) * 3, std=(0.25,) * 3)
 
 
 def network(shape: tuple[int, int, int], classes: int, *, hidden: int = 32) -> nn.Module:
@@ -74,16 +87,26 @@ BASE: dict[str, Any] = {
 }
 
 
-def recipe(paradigm: Any = "at_init", sparsity: float = 0.9, **changes: Any) -> Recipe:
-    """A recipe on the toys; `train` is merged."""
+# What a paradigm needs besides the defaults to be legal, and quick, on the toys.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "dense": {"sparsity": 0.0},
+    "lth": {"paradigm": {"name": "lth", "share": 0.7, "rewind_to": "10%"}},
+    "slimming": {"granularity": "filter", "sparsity": 0.3, "model": {"name": "resnet_cifar", "depth": 8, "width": 4}},
+    "ssl": {"granularity": "filter", "sparsity": 0.3},
+    "soft_filters": {"granularity": "filter", "sparsity": 0.3},
+}
+PARADIGMS = registry.paradigm.names()
+
+
+def recipe(paradigm: Any = "at_init", sparsity: float | None = None, **changes: Any) -> Recipe:
+    """A recipe on the toys, at 0.9 unless the paradigm's SETTINGS say otherwise; `train` is merged."""
+    settings = SETTINGS.get(paradigm, {}) if isinstance(paradigm, str) else {}
     train = {**BASE["train"], **changes.pop("train", {})}
-    name = paradigm if isinstance(paradigm, str) else paradigm["name"]
-    return Recipe.read(
-        {**BASE, "paradigm": paradigm, "sparsity": 0.0 if name == "dense" else sparsity, "allocator": "erk", **changes, "train": train}
-    )
+    wanted = {} if sparsity is None else {"sparsity": sparsity}
+    return Recipe.read({**BASE, "paradigm": paradigm, "sparsity": 0.9, "allocator": "erk", **settings, **wanted, **changes, "train": train})
 
 
-def ready(paradigm: Any = "at_init", sparsity: float = 0.9, *, report_every: str = "1ep", **changes: Any) -> Run:
+def ready(paradigm: Any = "at_init", sparsity: float | None = None, *, report_every: str = "1ep", **changes: Any) -> Run:
     """That recipe, prepared."""
     return prepare(recipe(paradigm, sparsity, **changes), report_every=report_every)
 
@@ -112,11 +135,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 # Runs a script as its own process in which distprune cannot be imported, nor anything that torch and safetensors do not need.
 ALONE = """
 import runpy, sys
-class No:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("distprune", "optuna", "ray", "pyarrow", "sklearn", "yaml"):
-            raise ImportError(name + " is not there")
-sys.meta_path.insert(0, No())
+sys.modules |= dict.fromkeys(("distprune", "optuna", "ray", "pyarrow", "sklearn", "yaml"))  # None: not there
 sys.path.insert(0, sys.argv[1])
 runpy.run_path(sys.argv[1] + "/check.py", run_name="__main__")
 """

@@ -121,6 +121,23 @@ def export(
 
 
 @app.command()
+def sanity(
+    run: Annotated[Path, typer.Argument(help="Run folder, or the folder of an export.", show_default=False)],
+    trial: Annotated[
+        int | None, typer.Option(help="Number in the Pareto table; by default the best pruned one on validation.", show_default=False)
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="Retrainings of each variant.")] = 3,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    to: Annotated[Path | None, typer.Option(help="Write the numbers to this new JSON file.", show_default=False)] = None,
+) -> None:
+    """Shuffle, reinitialise and invert a mask, retrain each, and say whether it knows more than layer budgets."""
+    from distprune import api
+    from distprune.report.sanity import hear, show_sanity
+
+    show_sanity(api.sanity(run, trial=trial, seeds=seeds, device=device, to=to, listen=hear))
+
+
+@app.command()
 def submit(
     config: Config,
     address: Head,

@@ -9,6 +9,8 @@ from distprune.errors import command
 
 _PLAIN_EVERY_S = 5.0
 
+PLURAL = {"criterion": "criteria", "granularity": "granularities"}
+
 
 class Display:
     """Hears the events of `search.driver` and shows them."""
@@ -40,8 +42,8 @@ class Display:
     def _on_running(self, setup: Any, found: dict[str, int], folder: Any) -> None:
         search = setup.search
         self._folder, self._held = folder.path, found["ended"] + found["told now"]
-        sizes = ", ".join(f"{len(candidates)} {axis}s" for axis, candidates in setup.space.axes.items())
-        print(f"space: {sizes.replace('criterions', 'criteria')}; {setup.total:,} prunable weights")
+        sizes = ", ".join(f"{len(candidates)} {PLURAL.get(axis, axis + 's')}" for axis, candidates in setup.space.axes.items())
+        print(f"space: {sizes}; {setup.total:,} prunable weights")
         print(f"{search.limits.trials} trials of about {setup.mean_cost:,} samples, less what is stopped")
         if any(found.values()):
             print("found: " + ", ".join(f"{count} {kind}" for kind, count in found.items()))

@@ -1,9 +1,9 @@
 """The one executor: runs any plan from any state and yields reports."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ class Env:
     device: torch.device
     report_every: int  # steps between reports within a Train
     precision: str = "fp32"
+    flops: Mapping[str, int] = field(default_factory=dict)  # of a forward pass of one sample in each prunable layer, dense
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The context of forward passes."""
@@ -39,7 +40,10 @@ class Env:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """Where a run stands. `cost` is the bill in samples; metrics are those of the validation split."""
+    """Where a run stands, with metrics of the validation split.
+
+    `cost` is the bill in samples; `flops` and `sparse_flops` are what it takes in the prunable layers, dense and with zeros skipped.
+    """
 
     index: int
     stage: int
@@ -49,6 +53,8 @@ class Report:
     sparsity: float
     kept: int
     cost: int
+    flops: float
+    sparse_flops: float
     final: bool
 
 
@@ -101,5 +107,7 @@ def _report(state: State, env: Env, *, final: bool) -> Report:
         sparsity=state.masks.sparsity,
         kept=state.masks.kept,
         cost=state.ledger.cost,
+        flops=state.ledger.flops,
+        sparse_flops=state.ledger.sparse_flops,
         final=final,
     )

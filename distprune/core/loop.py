@@ -25,7 +25,8 @@ class Diverged(UserError):
 def train(stage: "Train", state: "State", env: "Env") -> Iterator[None]:
     """Run `stage` from the state's clock, yielding where reports are due."""
     task, config, model = env.task, stage.config, state.model
-    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    weights = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    parameters = weights if stage.train == "weights" else state.leaves
     optimizer = config.optimizer(list(parameters.values()))
     if state.optimizer != config.optimizer.name:
         state.optimizer, state.memory = config.optimizer.name, {}
@@ -38,14 +39,14 @@ def train(stage: "Train", state: "State", env: "Env") -> Iterator[None]:
     losses: list[torch.Tensor] = []
 
     model.train()
-    while state.clock < stage.until:
+    while stage.goes_on(state):
         rate = config.decay(min(state.clock / config.length, 1.0))
         for group, lr in zip(optimizer.param_groups, base, strict=True):
             group["lr"] = lr * rate
         env.seed_global(stream_seed(env.seed, "noise", state.lap, state.clock))
         batch = task.batch(env.seed, state.lap, state.clock, config.batch_size)
 
-        optimizer.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=True)
         with viewed(stage.hooks, state, env, train=True):
             with env.autocast():
                 loss = task.loss(model, batch)
@@ -53,11 +54,7 @@ def train(stage: "Train", state: "State", env: "Env") -> Iterator[None]:
         losses.append(loss.detach())
         if device.type == "cpu" or len(losses) == _CHECK_EVERY:
             _check_finite(losses, state)
-        samples = task.samples(batch)
-        if state.is_dense:
-            state.ledger.dense += samples
-        else:
-            state.ledger.sparse += samples
+        state.bill("training", task.samples(batch), env.flops)
 
         for hook, memory in hooks:
             hook.grad(memory, state, env)
@@ -68,7 +65,7 @@ def train(stage: "Train", state: "State", env: "Env") -> Iterator[None]:
         state.clock += 1
         if any([hook.step(memory, state, env) for hook, memory in hooks]):
             break
-        if state.clock % env.report_every == 0 and state.clock < stage.until:
+        if state.clock % env.report_every == 0 and stage.goes_on(state):
             _check_finite(losses, state)
             yield
             model.train()

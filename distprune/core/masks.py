@@ -123,13 +123,21 @@ def _unwrapped(name: str) -> str:
     return name
 
 
-def prunable(model: nn.Module, *, include: Iterable[str] = ("*",), exclude: Iterable[str] = ()) -> dict[str, nn.Parameter]:
-    """Name -> weight of every trainable weight of the module types in PRUNABLE, tied weights once, under their first name.
+def _weights(module: nn.Module) -> list[Tensor]:
+    if isinstance(module, nn.MultiheadAttention):  # query, key and value are rows of one parameter, or three where their inputs differ
+        packed = (module.in_proj_weight, module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
+        return [weight for weight in packed if weight is not None]
+    return [module.weight] if isinstance(module, PRUNABLE) else []
 
-    `include` and `exclude` are shell patterns over parameter names. Raises UserError if nothing is left.
+
+def prunable(model: nn.Module, *, include: Iterable[str] = ("*",), exclude: Iterable[str] = ()) -> dict[str, nn.Parameter]:
+    """Name -> weight of every trainable weight of the module types in PRUNABLE and of attention's packed projections.
+
+    Tied weights come once, under their first name. `include` and `exclude` are shell patterns over parameter names.
+    Raises UserError if nothing is left.
     """
     include, exclude = tuple(include), tuple(exclude)
-    owners = {id(module.weight) for module in model.modules() if isinstance(module, PRUNABLE)}
+    owners = {id(weight) for module in model.modules() for weight in _weights(module)}
     found = {
         name: parameter
         for name, parameter in model.named_parameters()  # yields a tied parameter once

@@ -2,26 +2,46 @@
 
 import copy
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from distprune.core.masks import Masks
 
 
+class _ByWeight(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts FLOPs by the parameter that an operation reads, whether its module calls it or hands it to a function, as attention does."""
+
+    def __init__(self, names: Mapping[str, Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.counts = dict.fromkeys(names, 0)
+        self._owner = {weight.untyped_storage().data_ptr(): name for name, weight in names.items()}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        if count := flop_registry.get(function._overloadpacket):
+            owners = [self._owner.get(arg.untyped_storage().data_ptr()) for arg in args if isinstance(arg, Tensor)]
+            if name := next(filter(None, owners), None):
+                self.counts[name] += count(*args, **(kwargs or {}), out_val=out)
+        return out
+
+
 def layer_flops(model: nn.Module, example: Tensor, names: Mapping[str, Tensor]) -> dict[str, int]:
-    """FLOPs (two a multiplication with addition) of a forward pass of one dense sample in the layer of each weight name."""
-    training = model.training
+    """FLOPs (two a multiplication with addition) that a forward pass of one dense sample spends on each of the weights `names`."""
+    training, fast = model.training, torch.backends.mha.get_fastpath_enabled()
     model.eval()
-    counter = FlopCounterMode(display=False)
-    with torch.no_grad(), counter:
-        model(example)
-    model.train(training)
-    counts = counter.get_flop_counts()
-    root = type(model).__name__
-    owners = {name: ".".join(filter(None, [root, name.rpartition(".")[0]])) for name in names}
-    return {name: sum(counts.get(owner, {}).values()) for name, owner in owners.items()}
+    torch.backends.mha.set_fastpath_enabled(False)  # one opaque operation for a whole encoder layer
+    counter = _ByWeight(names)
+    try:
+        with torch.no_grad(), counter:
+            model(example)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        model.train(training)
+    return counter.counts
 
 
 def flops(dense: Mapping[str, int], masks: Masks) -> float:
@@ -42,11 +62,9 @@ def collapsed(model: nn.Module, masks: Masks, example: Tensor) -> list[str]:
         for name, parameter in probe.named_parameters():
             fan_in = max(parameter[0].numel(), 1) if parameter.dim() > 1 else 1
             parameter.copy_(masks[name].double() / fan_in if name in masks else torch.ones_like(parameter) * (parameter.dim() > 1))
-        for module in probe.modules():  # batch norm passes the signal on as it is
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.reset_running_stats()
-                if module.weight is not None:
-                    module.weight.fill_(1.0)
+    for module in probe.modules():  # normalisation would take a constant signal away
+        if isinstance(module, nn.modules.batchnorm._BatchNorm | nn.LayerNorm | nn.GroupNorm):
+            module.forward = nn.Identity().forward  # type: ignore[method-assign]
     with torch.enable_grad():
         gradients = torch.autograd.grad(
             probe(torch.ones_like(example, dtype=torch.double)).sum(), list(weights.values()), allow_unused=True

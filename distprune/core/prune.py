@@ -6,9 +6,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from distprune.core import registry
+from distprune.core.legality import mismatches
 from distprune.core.masks import Masks, prunable
 from distprune.core.scoring import choose_masks
 from distprune.core.tasks.given import GivenBatches
+from distprune.core.units import Network
+from distprune.errors import UserError
 
 
 def prune(
@@ -17,6 +20,7 @@ def prune(
     sparsity: float,
     criterion: str | Mapping[str, Any] = "magnitude",
     allocator: str | Mapping[str, Any] = "global",
+    granularity: str | Mapping[str, Any] = "weight",
     batches: Iterable[tuple[Tensor, Tensor]] | None = None,
     loss: Callable[[Tensor, Tensor], Tensor] = nn.functional.cross_entropy,
     include: Iterable[str] = ("*",),
@@ -26,22 +30,34 @@ def prune(
 ) -> Masks:
     """Masks that remove a share `sparsity` of a network's prunable weights; the network is left as it is.
 
-    `batches` are (inputs, targets) pairs on the model's device, for criteria that look at data or at the shape of an input; `loss` takes
-    (outputs, targets). `steps` is the number of exponential steps, by default the criterion's own.
+    `batches` are (inputs, targets) pairs on the model's device, for criteria and granularities that look at data or at the shape of an
+    input; `loss` takes (outputs, targets). `steps` is the number of exponential steps, by default the criterion's own.
     Raises UserError for an unknown name, an infeasible budget, a missing batch or a network without prunable weights.
 
     >>> masks = prune(model, criterion="snip", sparsity=0.9, batches=batches)
     >>> masks.apply_(model)
     """
     criterion_choice = registry.criterion.read(criterion, "criterion")
+    allocator_choice = registry.allocator.read(allocator, "allocator")
+    granularity_choice = registry.granularity.read(granularity, "granularity")
+    for problem in mismatches(criterion_choice, allocator_choice, granularity_choice, sparsity).values():
+        raise UserError(problem)
     given = list(batches) if batches is not None else []
+    weights = prunable(model, include=include, exclude=exclude)
+
+    def example() -> Tensor:
+        if not given:
+            raise UserError(f"granularity '{granularity_choice.name}' runs the network: pass batches=..., or granularity='weight'.")
+        return given[0][0][:1]
+
     return choose_masks(
         model,
         GivenBatches(given, loss) if given else None,
-        Masks.ones(prunable(model, include=include, exclude=exclude)),
+        Masks.ones(weights),
         sparsity=sparsity,
         criterion=criterion_choice,
-        allocator=registry.allocator.read(allocator, "allocator"),
+        allocator=allocator_choice,
+        units=granularity_choice(Network(model, weights, example)),
         steps=steps or criterion_choice.entry.facts["steps"],
         seed=seed,
     )

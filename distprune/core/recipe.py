@@ -9,6 +9,7 @@ from distprune.core import registry
 from distprune.core.budgets import check_sparsity
 from distprune.core.config import read_fields
 from distprune.core.hooks.hook import Hook
+from distprune.core.legality import check_plan, violations
 from distprune.core.lengths import Length, check_length, to_steps
 from distprune.core.plan import Plan
 from distprune.core.registry import Choice
@@ -47,11 +48,13 @@ class Recipe:
     sparsity: float = 0.0
     criterion: Choice = field(default_factory=lambda: registry.criterion.choose("magnitude"))
     allocator: Choice = field(default_factory=lambda: registry.allocator.choose("global"))
+    granularity: Choice = field(default_factory=lambda: registry.granularity.choose("weight"))
     regularizer: Choice = field(default_factory=lambda: registry.regularizer.choose("none"))
     train: TrainConfig = field(default_factory=TrainConfig)
     task: Choice = field(default_factory=lambda: registry.task.choose("classification"))
     include: tuple[str, ...] = ("*",)  # shell patterns over parameter names: what is prunable
     exclude: tuple[str, ...] = ()
+    equal_cost: bool = False  # every paradigm bills what a dense training of train.length does, in samples
     precision: Precision = "fp32"
     seed: int = 0
 
@@ -82,48 +85,64 @@ class Recipe:
             sparsity=sparsity,
             criterion=criterion,
             allocator=self.allocator,
+            granularity=self.granularity,
             steps=criterion.entry.facts["steps"],
             batch_size=self.train.batch_size,
             **changes,
         )
 
     def resolved(self, steps_per_epoch: int) -> "Recipe":
-        """The recipe with its training length in steps."""
+        """The recipe with its training length in steps; with `equal_cost`, the longest with which the plan's bill is not exceeded."""
         length = to_steps(self.train.length, steps_per_epoch=steps_per_epoch)
         if length < 1:
             raise UserError(f"train.length must be at least one step, got {self.train.length!r} with {steps_per_epoch} steps an epoch.")
-        return replace(self, train=replace(self.train, length=length))
+        if not self.equal_cost:
+            return self._of_length(length)
+        low, high = 0, length
+        while low < high:
+            middle = (low + high + 1) // 2
+            try:
+                fits = self._of_length(middle)._stages(steps_per_epoch).cost <= length * self.train.batch_size
+            except UserError:  # too short for its own parts
+                fits = True
+            low, high = (middle, high) if fits else (low, middle - 1)
+        solved = self._of_length(low)
+        try:
+            if not low:
+                raise UserError("even with trainings of one step it bills more.")
+            solved._stages(steps_per_epoch)
+        except UserError as error:
+            raise UserError(
+                f"equal_cost gives every trial {length} steps in all, and paradigm '{self.paradigm.name}' at sparsity {self.sparsity} "
+                f"does not fit into them: {error} Raise train.length, or let a round remove more."
+            ) from error
+        return solved
 
     def plan(self, steps_per_epoch: int) -> Plan:
         """The paradigm's stages, with every length in steps. Raises UserError where lengths do not fit together."""
-        resolved = self.resolved(steps_per_epoch)
+        plan = self.resolved(steps_per_epoch)._stages(steps_per_epoch)
+        if not self.equal_cost:
+            return plan
+        bill = to_steps(self.train.length, steps_per_epoch=steps_per_epoch) * self.train.batch_size
+        stages = list(plan.stages)
+        last = max(index for index, stage in enumerate(stages) if isinstance(stage, Train))
+        train = stages[last]
+        assert isinstance(train, Train)
+        open_end = any(isinstance(stage, Train) and stage.may_end_early for stage in stages[:last])
+        rest = (bill - plan.cost) // self.train.batch_size
+        stages[last] = replace(train, until=train.until + rest, spend=bill if open_end else None)
+        return Plan(stages)
+
+    def _of_length(self, steps: int) -> "Recipe":
+        return replace(self, train=replace(self.train, length=steps))
+
+    def _stages(self, steps_per_epoch: int) -> Plan:
         lengths = {
-            name: to_steps(self.paradigm.option(name), steps_per_epoch=steps_per_epoch, whole=resolved.train.length)
+            name: to_steps(self.paradigm.option(name), steps_per_epoch=steps_per_epoch, whole=self.train.length)
             for name, option in self.paradigm.entry.options.items()
             if option.is_length
         }
-        plan: Plan = self.paradigm(resolved, **lengths)
-        return plan
-
-
-def violations(recipe: Recipe) -> dict[str, str]:
-    """Why a recipe makes no sense: field to blame -> one line; empty if it does."""
-    name, uses = recipe.paradigm.name, recipe.paradigm.entry.facts["uses"]
-    found = {}
-    if "sparsity" not in uses and recipe.sparsity:
-        found["sparsity"] = (
-            f"paradigm '{name}' prunes nothing, so sparsity must be 0, got {recipe.sparsity}. Leave it out or choose another paradigm."
-        )
-    if "sparsity" in uses and not recipe.sparsity:
-        found["sparsity"] = (
-            f"paradigm '{name}' needs a sparsity above 0, got 0. To keep 5 % of the weights write sparsity: 0.95, or use paradigm 'dense'."
-        )
-    if "allocator" in uses and "criterion" not in uses and recipe.allocator.entry.facts["needs_scores"]:
-        found["allocator"] = (
-            f"allocator '{recipe.allocator.name}' ranks scores, and paradigm '{name}' starts from random masks without any. "
-            "Choose uniform, erk, power or per_layer."
-        )
-    return found
+        return check_plan(self.paradigm(self, **lengths), self.paradigm.name)
 
 
 def _plain(value: Any) -> Any:

@@ -182,11 +182,31 @@ def import_object(path: str, where: str) -> Any:
     return getattr(module, name)
 
 
-# steps: exponential steps in which the masks are reached; passes: passes over `batches` batches of data in each.
-criterion = Table("criterion", "distprune.core.criteria", steps=1, passes=0)
+# steps: exponential steps in which the masks are reached; passes: passes over `batches` batches of data in each, or a function of the
+# choice; reduction: how the scores of a unit's weights become one score (`units.py`); of_units: it scores whole units itself;
+# converged: it holds near a minimum of the loss only.
+criterion = Table("criterion", "distprune.core.criteria", steps=1, passes=0, reduction="mean", of_units=False, converged=False)
+# channels: its units are coupled channels; sparsity: of a choice whose pattern allows one sparsity only; allocator: the one that it allows.
+granularity = Table("granularity", "distprune.core.granularity", channels=False, sparsity=None, allocator=None)
+WEIGHT = Choice("granularity", "weight")
 allocator = Table("allocator", "distprune.core.allocators", needs_scores=False)
 regularizer = Table("regularizer", "distprune.core.hooks")
-paradigm = Table("paradigm", "distprune.core.paradigms", uses=("sparsity", "criterion", "allocator"))
+# uses: the axes that a paradigm looks at. The row of the survey's table (arXiv 2103.06460) that it fills: branch of the taxonomy, mask:
+# where the mask comes from, values: where the kept values come from, after: what is done to the sparse network.
+# scores: masks come from scores that it makes itself; trains: weights are trained, so optimizer and regularizer matter;
+# granularities: the only legal ones, () for all.
+paradigm = Table(
+    "paradigm",
+    "distprune.core.paradigms",
+    uses=("sparsity", "criterion", "allocator", "granularity"),
+    branch="",
+    mask="",
+    values="",
+    after="",
+    scores=False,
+    trains=True,
+    granularities=(),
+)
 optimizer = Table("optimizer", "distprune.core.optimizers", keeps_zeros=False)
 decay = Table("decay", "distprune.core.decays")
 # values_only: options that set initial values and nothing else; an export has its own values.

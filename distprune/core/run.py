@@ -33,10 +33,6 @@ class Run:
         """The content key of the finished recipe."""
         return keys(root_key(self.recipe, self.env.device), self.plan)[-1]
 
-    def flops(self) -> dict[str, int]:
-        """Dense FLOPs of one sample in each prunable layer."""
-        return layer_flops(self.state.model, self.env.task.example(), self.state.weights)
-
 
 def prepare(recipe: Recipe, *, device: torch.device | str = "cpu", report_every: str = "1ep") -> Run:
     """Load the data, build the network and the plan. Raises UserError for whatever in the recipe cannot be done."""
@@ -46,6 +42,7 @@ def prepare(recipe: Recipe, *, device: torch.device | str = "cpu", report_every:
     per_epoch = task.steps_per_epoch(recipe.train.batch_size)
     build = functools.partial(build_model, recipe.model, dataset.shape, dataset.classes)
     untrained = {name: value for name, value in recipe.model.options.items() if name not in recipe.model.entry.facts["values_only"]}
+    state = State.new(build, seed=recipe.seed, device=device, include=recipe.include, exclude=recipe.exclude)
     env = Env(
         task=task,
         build=functools.partial(build_model, replace(recipe.model, options=untrained), dataset.shape, dataset.classes),
@@ -53,9 +50,16 @@ def prepare(recipe: Recipe, *, device: torch.device | str = "cpu", report_every:
         device=device,
         report_every=max(to_steps(report_every, steps_per_epoch=per_epoch), 1),
         precision=recipe.precision,
+        flops=_flops(state, task),
     )
-    state = State.new(build, seed=recipe.seed, device=device, include=recipe.include, exclude=recipe.exclude)
     return Run(recipe=recipe, plan=recipe.plan(per_epoch), state=state, env=env)
+
+
+def _flops(state: State, task: Task) -> dict[str, int]:
+    try:
+        return layer_flops(state.model, task.example(), state.weights)
+    except Exception:  # the forward pass is the user's, and fails where it is trained, with its own words
+        return {}
 
 
 def _device(name: torch.device | str) -> torch.device:

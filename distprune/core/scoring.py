@@ -1,18 +1,18 @@
 """From scores to masks: what a criterion may look at, and how its scores and a budget become masks."""
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from distprune.core.budgets import allocate, kept_for, layers_of, top_masks
 from distprune.core.masks import Masks
 from distprune.core.registry import Choice
 from distprune.core.schedules import exponential
 from distprune.core.streams import global_stream, stream
 from distprune.core.task import Task
+from distprune.core.units import Units, Weights
 from distprune.errors import UserError
 
 
@@ -20,10 +20,20 @@ class Probe:
     """What a criterion sees: a scratch copy of the network that it may do anything to, data and a random stream.
 
     `model` has the masks applied; `values` holds the weights as they were before (name -> tensor), so that a criterion can also score
-    weights that are masked now; `weights` are the parameters of `model` under the same names.
+    weights that are masked now; `weights` are the parameters of `model` under the same names. `units` says what is removed as one.
     """
 
-    def __init__(self, model: nn.Module, task: Task | None, masks: Masks, *, seed: int, draw: tuple[int, ...], batch_size: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Task | None,
+        masks: Masks,
+        *,
+        seed: int,
+        draw: tuple[int, ...],
+        batch_size: int,
+        units: Units | None = None,
+    ) -> None:
         self.model = copy.deepcopy(model).train()
         for parameter in self.model.parameters():
             parameter.grad = None
@@ -32,6 +42,7 @@ class Probe:
         self.values = {name: weight.detach().clone() for name, weight in self.weights.items()}
         masks.apply_(self.model)
         self.masks = masks
+        self.units = units or Weights(self.values)
         self.generator = stream(seed, "score", *draw)
         self._task, self._batch_size = task, batch_size
 
@@ -64,43 +75,52 @@ def choose_masks(
     sparsity: float,
     criterion: Choice,
     allocator: Choice,
+    units: Units | None = None,
     steps: int = 1,
     nested: bool = True,
     seed: int = 0,
     draw: tuple[int, ...] = (),
     batch_size: int = 128,
 ) -> Masks:
-    """Masks of exactly `sparsity`, reached from `masks` in `steps` exponential steps with new scores at each.
+    """Masks of `sparsity`, reached from `masks` in `steps` exponential steps with new scores at each; `units` are weights by default.
 
-    `nested` keeps removed weights removed. `draw` (lap, clock) tells the scoring passes of a run apart: each sees its own batches.
+    `nested` keeps removed units removed. `draw` (lap, clock) tells the scoring passes of a run apart: each sees its own batches.
     The network, its gradients and the global generator are left as they were.
     Raises UserError for an infeasible budget or scores that are not finite.
     """
-    shapes = {name: tuple(mask.shape) for name, mask in masks.items()}
+    units = units or Weights(masks)
     start = masks.sparsity if nested else 0.0
-    kept_for(sparsity, layers_of(shapes))  # an infeasible target fails before any scoring
+    units.check(sparsity)  # an infeasible target fails before any scoring
     for step in range(1, steps + 1):
-        probe = Probe(model, task, masks, seed=seed, draw=(*draw, step), batch_size=batch_size)
+        probe = Probe(model, task, masks, seed=seed, draw=(*draw, step), batch_size=batch_size, units=units)
         with global_stream(seed, "scoring", *draw, step), torch.enable_grad():
-            scores = criterion(probe)
-        check_scores(scores, shapes, criterion.name)
-        alive = masks if nested else None
-        layers = layers_of(shapes, alive)
-        kept = kept_for(exponential(start, sparsity, step / steps), layers)
-        masks = top_masks(scores, allocate(allocator, layers, kept, scores, alive), alive)
+            scores = unit_scores(probe, criterion)
+        masks = units.choose(scores, max(exponential(start, sparsity, step / steps), 0.0), allocator, masks if nested else None)
     return masks
+
+
+def unit_scores(probe: Probe, criterion: Choice) -> dict[str, Tensor]:
+    """The scores of a criterion for the probe's units. Raises UserError where they are not one for each."""
+    facts = criterion.entry.facts
+    scores: dict[str, Tensor] = criterion(probe)
+    due: dict[str, tuple[int, ...]]
+    if facts["of_units"]:
+        due = {layer.name: (layer.units,) for layer in probe.units.layers()}
+    else:
+        due = {name: tuple(value.shape) for name, value in probe.values.items()}
+    got = {key: tuple(value.shape) for key, value in scores.items()}
+    wrong = next((key for key in [*due, *got] if got.get(key) != due.get(key)), None)
+    if wrong is not None:
+        what = "unit" if facts["of_units"] else "weight"
+        raise UserError(
+            f"criterion '{criterion.name}' must return one score a {what}: '{wrong}' has shape {due.get(wrong, 'none')}, "
+            f"its scores {got.get(wrong, 'none')}."
+        )
+    return scores if facts["of_units"] else probe.units.reduce(scores, facts["reduction"])
 
 
 def scoring_samples(criterion: Choice, steps: int, batch_size: int) -> int:
     """Samples that scoring bills: passes over `batches` batches in each of `steps` steps."""
-    passes: int = criterion.entry.facts["passes"]
-    return passes and passes * criterion.option("batches") * batch_size * steps
-
-
-def check_scores(scores: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], name: str) -> None:
-    """Raise UserError unless there is one score for each weight."""
-    got = {key: tuple(value.shape) for key, value in scores.items()}
-    key = next((key for key in [*shapes, *got] if got.get(key) != shapes.get(key)), None)
-    if key is not None:
-        due, given = shapes.get(key, "none"), got.get(key, "none")
-        raise UserError(f"criterion '{name}' must return one score a weight: '{key}' has shape {due}, its scores {given}.")
+    passes = criterion.entry.facts["passes"]
+    count: int = passes(criterion) if callable(passes) else passes
+    return count and count * criterion.option("batches") * batch_size * steps

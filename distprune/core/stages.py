@@ -12,9 +12,10 @@ from distprune.core.hooks.hook import Hook, slot, viewed
 from distprune.core.hooks.updates import Gradual
 from distprune.core.loop import train
 from distprune.core.plan import Stage
-from distprune.core.registry import Choice
+from distprune.core.registry import WEIGHT, Choice
 from distprune.core.scoring import choose_masks, scoring_samples
 from distprune.core.streams import global_stream, stream
+from distprune.core.weights import POLICIES
 
 if TYPE_CHECKING:
     from distprune.core.executor import Env
@@ -27,6 +28,8 @@ class Train(Stage):
 
     `since=None` goes on from where the clock is. A number sets the clock, begins a lap and clears the optimizer: 0 replays the
     learning-rate schedule, `config.length` trains at the last rate. A hook may end the stage earlier.
+    `train="scores"` trains the state's leaves, which a hook makes at the start and gives gradients, in place of the weights.
+    `spend` is the bill (samples) of the whole run at which the stage ends, in place of `until`: it takes what an earlier stage left.
     """
 
     measured: ClassVar[bool] = True
@@ -34,6 +37,8 @@ class Train(Stage):
     until: int
     since: int | None = None
     hooks: tuple[Hook, ...] = ()
+    train: Literal["weights", "scores"] = "weights"
+    spend: int | None = None
 
     @property
     def is_empty(self) -> bool:
@@ -58,6 +63,17 @@ class Train(Stage):
         for index, hook in enumerate(self.hooks):
             hook.end(state.slots.pop(slot(index, hook)), state, env)
 
+    def goes_on(self, state: "State") -> bool:
+        """Whether there is another step."""
+        if self.spend is not None:
+            return state.ledger.cost + int(self.config.batch_size) <= self.spend
+        return state.clock < self.until
+
+    @property
+    def may_end_early(self) -> bool:
+        """Whether `until` is only the most."""
+        return any(hook.may_end for hook in self.hooks)
+
     def viewing(self, state: "State", env: "Env") -> AbstractContextManager[None]:
         return viewed(self.hooks, state, env, train=False)
 
@@ -73,7 +89,9 @@ class Train(Stage):
     def describe(self) -> str:
         hooks = "".join(f" + {type(hook).__name__}" for hook in self.hooks)
         since = "" if self.since is None else f" from {self.since}"
-        return f"{since.strip()} until step {self.until} of {self.config.length}{hooks}".strip()
+        most = "at most " if self.may_end_early else ""
+        what = "learn scores" if self.train == "scores" else ""
+        return f"{what}{since} {most}until step {self.until} of {self.config.length}{hooks}".strip()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +104,7 @@ class Prune(Stage):
     sparsity: float
     criterion: Choice
     allocator: Choice
+    granularity: Choice = WEIGHT
     steps: int = 1
     nested: bool = True
     batch_size: int = 128
@@ -98,13 +117,14 @@ class Prune(Stage):
             sparsity=self.sparsity,
             criterion=self.criterion,
             allocator=self.allocator,
+            units=state.units(self.granularity, env.task.example),
             steps=self.steps,
             nested=self.nested,
             seed=env.seed,
             draw=(state.lap, state.clock),
             batch_size=self.batch_size,
         )
-        state.ledger.scoring += self.samples(state.clock)
+        state.bill("scoring", self.samples(state.clock), env.flops)
         state.set_masks(masks)
         yield from ()
 
@@ -113,7 +133,8 @@ class Prune(Stage):
 
     def describe(self) -> str:
         steps = f" in {self.steps} steps" if self.steps > 1 else ""
-        return f"to sparsity {self.sparsity:.4g} by {self.criterion.name}, {self.allocator.name}{steps}"
+        units = "" if self.granularity.name == "weight" else f" of {self.granularity.name}s"
+        return f"to sparsity {self.sparsity:.4g} by {self.criterion.name}, {self.allocator.name}{units}{steps}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,28 +157,38 @@ class Snapshot(Stage):
 
 @dataclass(frozen=True, kw_only=True)
 class SetWeights(Stage):
-    """Give the kept weights other values: those of a snapshot (rewind), or fresh ones (reinit). Inheriting them needs no stage."""
+    """Give the kept weights other values, by a policy of `weights.py`. Inheriting them needs no stage.
 
-    policy: Literal["rewind", "reinit"]
+    `tag` is the snapshot that rewind, sign and compensate read; `batches` of `batch_size` is what compensate looks at.
+    """
+
+    policy: Literal["rewind", "reinit", "shuffle", "sign", "compensate"]
     tag: str = ""
+    batches: int = 0
+    batch_size: int = 0
 
     @property
     def reads(self) -> str | None:
         return self.tag or None
 
     def run(self, state: "State", env: "Env") -> Iterator[None]:
-        if self.policy == "rewind":
-            values = state.snapshots[self.tag]
-        else:
-            with global_stream(env.seed, "reinit", state.lap, state.clock):
-                values = env.build().state_dict()
-        state.model.load_state_dict(values)
+        POLICIES[self.policy](self, state, env)
+        state.bill("scoring", self.samples(state.clock), env.flops, passes=1)
         state.memory = {}
         state.zero_removed()
         yield from ()
 
+    def samples(self, clock: int) -> int:
+        return self.batches * self.batch_size
+
     def describe(self) -> str:
-        return f"rewind the kept weights to '{self.tag}'" if self.policy == "rewind" else "draw the kept weights anew"
+        return {
+            "rewind": f"rewind the kept weights to '{self.tag}'",
+            "reinit": "draw the kept weights anew",
+            "shuffle": "shuffle the kept weights of each layer",
+            "sign": f"give the kept weights the signs they have in '{self.tag}' and one size a layer",
+            "compensate": f"fit the kept weights to what the layers of '{self.tag}' compute, on {self.batches} batches",
+        }[self.policy]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,7 +201,7 @@ class Calibrate(Stage):
 
     def run(self, state: "State", env: "Env") -> Iterator[None]:
         calibrate(state, env, self.batches, self.batch_size)
-        state.ledger.scoring += self.samples(state.clock)
+        state.bill("scoring", self.samples(state.clock), env.flops, passes=1)
         yield from ()
 
     def samples(self, clock: int) -> int:

@@ -1,10 +1,10 @@
 """State: the one mutable object of a run. What outlives a report lives here, and a run goes on from a saved State bit for bit."""
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import safe_open
@@ -12,20 +12,28 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from distprune.core.masks import Masks, prunable
+from distprune.core.metrics import flops
+from distprune.core.registry import Choice
 from distprune.core.streams import global_stream
+from distprune.core.units import Network, Units
 from distprune.errors import UserError
 
 FORMAT = "distprune.state/1"
 
 
+TRAINING = 3  # forward passes that a step costs: one forward, two for the gradients of inputs and weights
+
+
 @dataclass
 class Ledger:
-    """Samples. The first three are the bill, a pure function of the plan; the others say what else was run."""
+    """Samples and FLOPs. The first three are the bill, a pure function of the plan; `observing` says what else was run."""
 
     dense: int = 0  # training steps with every weight kept
     sparse: int = 0  # training steps under masks
-    scoring: int = 0  # passes of criteria
+    scoring: int = 0  # passes of criteria and calibration
     observing: int = 0  # passes of observers: projections and their recovery
+    flops: float = 0.0  # of the bill in the prunable layers, as dense hardware runs it
+    sparse_flops: float = 0.0  # of the bill, if every zero were skipped
 
     @property
     def cost(self) -> int:
@@ -40,7 +48,8 @@ class State:
     model: nn.Module
     weights: dict[str, nn.Parameter]  # the prunable ones
     masks: Masks
-    memory: dict[str, dict[str, Any]] = field(default_factory=dict)  # parameter name -> what the optimizer remembers of it
+    leaves: dict[str, nn.Parameter] = field(default_factory=dict)  # what is trained besides or in place of the weights: learned scores
+    memory: dict[str, dict[str, Any]] = field(default_factory=dict)  # parameter or leaf name -> what the optimizer remembers of it
     optimizer: str = ""  # whose memory it is
     slots: dict[str, dict[str, Any]] = field(default_factory=dict)  # hook -> its memory: tensors and plain numbers
     snapshots: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # tag -> parameters and buffers
@@ -70,12 +79,23 @@ class State:
 
     def __post_init__(self) -> None:
         self._masked: list[tuple[nn.Parameter, Tensor]] = []
+        self._units: dict[str, Units] = {}
         self._refresh()
 
     def _refresh(self) -> None:
         # A step multiplies gradients by float copies in one foreach call, which is cheaper than masked_fill; full layers need nothing.
         full = {name for name, count in self.masks.counts.items() if count == self.masks[name].numel()}
+        self._flops: tuple[float, float] | None = None  # of a forward pass: dense, and with zeros skipped
         self._masked = [(self.weights[name], mask.to(self.weights[name].dtype)) for name, mask in self.masks.items() if name not in full]
+
+    def bill(self, kind: Literal["training", "scoring"], samples: int, dense: Mapping[str, int], *, passes: int = TRAINING) -> None:
+        """Enter `samples` into the ledger; `dense` is the FLOPs of a forward pass in each layer, and `passes` how many one sample costs."""
+        room = kind if kind == "scoring" else "dense" if self.is_dense else "sparse"
+        setattr(self.ledger, room, getattr(self.ledger, room) + samples)
+        if self._flops is None:
+            self._flops = (float(sum(dense.values())), flops(dense, self.masks) if dense else 0.0)
+        self.ledger.flops += passes * samples * self._flops[0]
+        self.ledger.sparse_flops += passes * samples * self._flops[1]
 
     @property
     def is_dense(self) -> bool:
@@ -106,6 +126,13 @@ class State:
         if pairs:
             torch._foreach_mul_([grad for grad, _ in pairs], [mask for _, mask in pairs])
 
+    def units(self, granularity: Choice, example: Callable[[], Tensor]) -> Units:
+        """What a granularity removes as one in this network, worked out once. Raises UserError where it fits no layer."""
+        text = json.dumps(granularity.plain(), sort_keys=True)
+        if text not in self._units:
+            self._units[text] = granularity(Network(self.model, self.weights, example))
+        return self._units[text]
+
     def values(self) -> dict[str, Tensor]:
         """A copy of all parameters and buffers."""
         return {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
@@ -114,6 +141,7 @@ class State:
         """Write one safetensors file: tensors under `room/name`, everything else as JSON in the header, `facts` beside it."""
         tensors: dict[str, Tensor] = {f"model/{name}": tensor for name, tensor in self.model.state_dict().items()}
         tensors |= {f"masks/{name}": mask for name, mask in self.masks.items()}
+        tensors |= {f"leaves/{name}": leaf for name, leaf in self.leaves.items()}
         tensors |= {f"snapshots/{tag}/{name}": tensor for tag, values in self.snapshots.items() for name, tensor in values.items()}
         plain: dict[str, dict[str, dict[str, Any]]] = {"memory": {}, "slots": {}}
         for room, rows in (("memory", self.memory), ("slots", self.slots)):
@@ -146,7 +174,7 @@ class State:
             if header.get("format") != FORMAT:
                 raise ValueError(f"its format is {header.get('format')!r}, not {FORMAT!r}")
             tree = json.loads(header["tree"])
-            rooms: dict[str, dict[str, Tensor]] = {"model": {}, "masks": {}, "snapshots": {}, "memory": {}, "slots": {}}
+            rooms: dict[str, dict[str, Tensor]] = {room: {} for room in ("model", "masks", "leaves", "snapshots", "memory", "slots")}
             on_host = set(tree["on_host"])
             for name, tensor in tensors.items():
                 room, _, rest = name.partition("/")
@@ -158,6 +186,7 @@ class State:
             self.model.load_state_dict(rooms["model"])
         except Exception as error:  # a damaged file may fail in safetensors, JSON or torch
             raise UserError(f"{path} is not a readable state of this network: {error}.") from error
+        self.leaves = {name: nn.Parameter(tensor) for name, tensor in rooms["leaves"].items()}
         self.memory, self.slots = tree["plain"]["memory"], tree["plain"]["slots"]
         for room, rows in (("memory", self.memory), ("slots", self.slots)):
             for name, tensor in rooms[room].items():

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import optuna
 import torch
 
-from distprune.core.budgets import kept_for, layers_of
+from distprune.core.legality import fixed_sparsity
 from distprune.core.recipe import Recipe
+from distprune.core.registry import Choice
 from distprune.core.run import prepare
 from distprune.errors import UserError
 from distprune.search.config import Search
@@ -39,9 +40,14 @@ def set_up(search: Search) -> Setup:
     dense = prepare(Recipe.read({**search.recipe, "paradigm": "dense", "seed": search.seed}))
     if dense.env.task.direction != "maximize":
         raise UserError(f"A search maximizes the task's objective, {dense.env.task.objective!r} is to be minimized. Give its negative.")
-    shapes = {name: tuple(weight.shape) for name, weight in dense.state.weights.items()}
-    space = Space(search.recipe, search.space, seed=search.seed, layers=list(shapes))
-    kept_for(space.sparsities[1], layers_of(shapes))
+
+    def layers(granularity: Choice) -> list[str]:
+        return [layer.name for layer in dense.state.units(granularity, dense.env.task.example).layers()]
+
+    space = Space(search.recipe, search.space, seed=search.seed, layers=layers)
+    for candidate in space.axes["granularity"]:
+        if fixed_sparsity(candidate.choice) is None:
+            dense.state.units(candidate.choice, dense.env.task.example).check(space.highest)
     per_epoch = dense.env.task.steps_per_epoch(dense.recipe.train.batch_size)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))

@@ -3,26 +3,29 @@
     space:
       paradigm: [dense, {name: lth, share: [0.4, 0.8]}]     a list in place of a value is a range, or for names a choice
       criterion, allocator, regularizer: likewise; left out, every entry of the table is searched
-      optimizer: likewise; left out, the recipe's is used
+      granularity, optimizer: likewise; left out, the recipe's is used
       sparsity: [0.5, 0.98]                                  searched as density, uniform in its logarithm
+      sparsity: [0.9, 0.95, 0.98]                            three and more are values; the first trials cross them with the paradigms
 
-Options are searched where their annotation holds a range; a value fixes them, a list of the space narrows them.
+Options are searched where their annotation holds a range; a value fixes them, a list of the space narrows them. Axes are chosen in the
+order of ORDER, each among those that are legal with what was chosen before and leave something legal for what comes after.
 """
 
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 from distprune.core import registry
-from distprune.core.budgets import check_sparsity
-from distprune.core.options import Choices, LogRange, Option, PerLayer, Range
-from distprune.core.recipe import Recipe, violations
-from distprune.core.registry import Choice, Table
+from distprune.core.legality import fixed_sparsity, violations
+from distprune.core.options import Choices, Option, PerLayer, Range
+from distprune.core.recipe import Recipe
+from distprune.core.registry import Choice
 from distprune.errors import UserError, unknown
+from distprune.search.candidates import Candidate, read_axis, read_sparsities
 
-AXES = ("paradigm", "criterion", "allocator", "regularizer")
-KEYS = (*AXES, "optimizer", "sparsity")
+ORDER = ("paradigm", "granularity", "criterion", "allocator", "regularizer", "optimizer")
+KEYS = (*ORDER, "sparsity")
+_Labels = tuple[str, ...]
 
 
 class Suggest(Protocol):
@@ -33,102 +36,145 @@ class Suggest(Protocol):
     def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any: ...
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """An entry that may be chosen, the options that are fixed, and the ranges of those that are searched."""
-
-    label: str  # what the parameter's value is
-    name: str
-    fixed: Mapping[str, Any]
-    searched: Mapping[str, Range | Choices | PerLayer]
-
-
 class Space:
     """All recipes of a search."""
 
-    def __init__(self, recipe: Mapping[str, Any], space: Mapping[str, Any], *, seed: int, layers: Sequence[str] = ()) -> None:
-        """`layers` are the names of the model's prunable weights. Raises UserError for unknown keys, names and empty ranges."""
+    def __init__(
+        self,
+        recipe: Mapping[str, Any],
+        space: Mapping[str, Any],
+        *,
+        seed: int,
+        layers: Callable[[Choice], Sequence[str]] = lambda granularity: (),
+    ) -> None:
+        """`layers` gives the names of what a granularity budgets for. Raises UserError for unknown keys, names and empty ranges."""
         if wrong := [key for key in space if key not in KEYS]:
             raise unknown("key in space:", wrong[0], KEYS)
         self._base = Recipe.read({**recipe, "paradigm": "dense", "seed": seed})
-        self._layers = tuple(layers)
-        self.axes = {axis: _candidates(registry.TABLES[axis], space.get(axis), f"space.{axis}") for axis in AXES}
-        if "optimizer" in space:
-            self.axes["optimizer"] = _candidates(registry.optimizer, space["optimizer"], "space.optimizer")
-        self.sparsities = _sparsities(space.get("sparsity", [0.5, 0.98]))
-        self._legal: dict[tuple[str, str], list[Candidate]] = {}
+        self._layers = layers
+        own = {"granularity": self._base.granularity.plain(), "optimizer": self._base.train.optimizer.plain()}
+        self.axes = {axis: read_axis(registry.TABLES[axis], space.get(axis, own.get(axis)), f"space.{axis}") for axis in ORDER}
+        if "optimizer" not in space:
+            self.axes["optimizer"] = [replace(only, searched={}) for only in self.axes["optimizer"]]
+        self.sparsities = read_sparsities(space.get("sparsity", [0.5, 0.98]))
         self.excluded: list[str] = []  # what is never proposed, and why
+        self._legal: dict[_Labels, list[Candidate]] = {}  # labels of the axes chosen so far -> candidates of the next
+        self._names: dict[tuple[str, _Labels], str] = {}
+        listed = "paradigm" in space
         for paradigm in self.axes["paradigm"]:
-            for axis in self._used(paradigm):
-                self._legal[paradigm.label, axis] = self._legal_candidates(paradigm, axis)
+            before = len(self.excluded)
+            if not self._grow([paradigm]) and listed:
+                raise UserError(f"space: paradigm '{paradigm.label}' can never be proposed. {self.excluded[before]}")
+        self.axes["paradigm"] = [paradigm for paradigm in self.axes["paradigm"] if (paradigm.label,) in self._legal]
+        if not self.axes["paradigm"]:
+            raise UserError(f"space: no paradigm is legal. {self.excluded[0]}")
+
+    @property
+    def highest(self) -> float:
+        """The highest sparsity that is searched."""
+        return _bounds(self.sparsities)[1]
 
     def build(self, trial: Suggest) -> Recipe:
         """The recipe of a trial."""
-        paradigm = self._pick(trial, "paradigm", self.axes["paradigm"])
-        choices: dict[str, Any] = {"paradigm": self._choice(trial, "paradigm", paradigm)}
-        for axis in self._used(paradigm):
-            legal = self._legal[paradigm.label, axis]
-            choices[axis] = self._choice(trial, axis, self._pick(trial, self._parameter(axis, paradigm, legal), legal))
-        train = self._base.train
-        if "optimizer" in choices:
-            train = replace(train, optimizer=choices.pop("optimizer"))
-        sparsity = 0.0
-        if "sparsity" in paradigm_uses(paradigm):
-            sparsity = self._sparsity(trial)
+        chosen = [self._pick(trial, "paradigm", self.axes["paradigm"])]
+        axes = self._axes(chosen[0])
+        for axis in axes[1:]:
+            chosen.append(self._pick(trial, self._parameter(chosen, axis), self._legal[_labels(chosen)]))
+        picked = dict(zip(axes, chosen, strict=True))
+        names = self._layers(picked["granularity"].choice) if "granularity" in picked else ()
+        choices: dict[str, Any] = {axis: self._choice(trial, candidate, names) for axis, candidate in picked.items()}
+        train = replace(self._base.train, optimizer=choices.pop("optimizer", self._base.train.optimizer))
+        sparsity = self._sparsity(trial, picked["granularity"]) if "granularity" in picked else 0.0
         return replace(self._base, sparsity=sparsity, train=train, **choices)
 
     def covering(self) -> list[dict[str, Any]]:
-        """Parameters of the first trials, so that every candidate of every axis is in one; what they leave open is sampled."""
-        waiting = {axis: [candidate.label for candidate in candidates] for axis, candidates in self.axes.items()}
+        """Parameters of the first trials: every candidate of every axis is in one, and every paradigm at every listed sparsity."""
+        waiting = {(axis, candidate.label) for axis in ORDER for candidate in self.axes[axis]}
+        values = self.sparsities.values if isinstance(self.sparsities, Choices) else ()
+        pairs = [(paradigm.label, value) for paradigm in self.axes["paradigm"] for value in values]
         first: list[dict[str, Any]] = []
         while True:
             before = len(first)
             for paradigm in self.axes["paradigm"]:
-                chosen = {"paradigm": (paradigm, self.axes["paradigm"])}
-                for axis in self._used(paradigm):
-                    legal = self._legal[paradigm.label, axis]
-                    if new := [candidate for candidate in legal if candidate.label in waiting[axis]]:
-                        chosen[axis] = (new[0], legal)
-                if any(candidate.label in waiting[axis] for axis, (candidate, _) in chosen.items()):
-                    for axis, (candidate, _) in chosen.items():
-                        waiting[axis] = [label for label in waiting[axis] if label != candidate.label]
-                    # With one candidate there is nothing to choose, and no parameter.
-                    first.append(
-                        {
-                            self._parameter(axis, paradigm, legal): candidate.label
-                            for axis, (candidate, legal) in chosen.items()
-                            if len(legal) > 1
-                        }
-                    )
+                chosen, parameters = [paradigm], {}
+                axes = self._axes(paradigm)
+                for axis in axes[1:]:
+                    legal = self._legal[_labels(chosen)]
+                    new = [candidate for candidate in legal if (axis, candidate.label) in waiting]
+                    # Taken in turn; those that fix the sparsity only once, as they cannot be crossed with it.
+                    rest = [c for c in legal if axis != "granularity" or fixed_sparsity(c.choice) is None] or legal
+                    candidate = new[0] if new else rest[len(first) % len(rest)]
+                    if len(legal) > 1:  # with one candidate there is nothing to choose, and no parameter
+                        parameters[self._parameter(chosen, axis)] = candidate.label
+                    chosen.append(candidate)
+                if len(self.axes["paradigm"]) > 1:
+                    parameters["paradigm"] = paradigm.label
+                covered = {(axis, candidate.label) for axis, candidate in zip(axes, chosen, strict=True)} & waiting
+                free = "granularity" in axes and fixed_sparsity(chosen[1].choice) is None
+                at = next((pair for pair in pairs if pair[0] == paradigm.label), None)
+                if at is not None and len(values) > 1 and free:
+                    parameters["sparsity"] = at[1]
+                    pairs.remove(at)
+                elif not covered:
+                    continue
+                waiting -= covered
+                first.append(parameters)
             if len(first) == before:
                 return first
 
-    def _parameter(self, axis: str, paradigm: Candidate, legal: list[Candidate]) -> str:
-        """Optuna wants one set of values for one name, so an axis that a paradigm narrows has a name of its own."""
-        return axis if legal == self.axes[axis] else f"{axis}/{paradigm.label}"
+    def _axes(self, paradigm: Candidate) -> list[str]:
+        facts = paradigm.choice.entry.facts
+        axes = {"paradigm", *facts["uses"]} | ({"regularizer", "optimizer"} if facts["trains"] else set())
+        if "sparsity" in facts["uses"]:
+            axes.add("granularity")  # also where only one is legal
+        return [axis for axis in ORDER if axis in axes]
 
-    def _used(self, paradigm: Candidate) -> list[str]:
-        uses = paradigm_uses(paradigm)
-        return [axis for axis in self.axes if axis in uses or axis in ("regularizer", "optimizer")]
-
-    def _legal_candidates(self, paradigm: Candidate, axis: str) -> list[Candidate]:
+    def _grow(self, chosen: list[Candidate]) -> bool:
+        """Enter the legal candidates that can follow `chosen`, and those that follow them; False if there is no way to a whole recipe."""
+        axes = self._axes(chosen[0])
+        if len(chosen) == len(axes):
+            return True
+        axis = axes[len(chosen)]
         legal = []
         for candidate in self.axes[axis]:
-            recipe = replace(self._base, paradigm=Choice("paradigm", paradigm.name))
-            changed: dict[str, Any] = {} if axis == "optimizer" else {axis: Choice(axis, candidate.name)}
-            problem = violations(replace(recipe, **changed)).get(axis) if changed else None
-            if problem:
-                self.excluded.append(f"{paradigm.label} with {axis} {candidate.label}: {problem}")
-            else:
+            if problem := self._problem([*chosen, candidate], axis):
+                line = f"{axis} {candidate.label}: {problem}"
+                self.excluded += [line] if line not in self.excluded else []
+            elif self._grow([*chosen, candidate]):
                 legal.append(candidate)
-        if not legal:
-            raise UserError(f"space: paradigm '{paradigm.label}' has no legal {axis}. {self.excluded[-1]}")
-        return legal
+        if legal:
+            self._legal[_labels(chosen)] = legal
+            self._name(chosen, axis, legal)
+        return bool(legal)
 
-    def _sparsity(self, trial: Suggest) -> float:
-        low, high = self.sparsities
-        if low == high:
-            return low
+    def _problem(self, chosen: list[Candidate], axis: str) -> str | None:
+        if axis in ("regularizer", "optimizer"):
+            return None
+        choices = {name: candidate.choice for name, candidate in zip(self._axes(chosen[0]), chosen, strict=False)}
+        fixed = fixed_sparsity(choices["granularity"])
+        sparsity = fixed if fixed is not None else self.highest
+        if axis == "granularity" and fixed is not None and not _within(fixed, self.sparsities):
+            return f"it allows sparsity {fixed:.6g} only, which space.sparsity does not have. Add it there."
+        return violations(replace(self._base, sparsity=sparsity, **choices)).get(axis)  # type: ignore[arg-type]
+
+    def _name(self, chosen: list[Candidate], axis: str, legal: list[Candidate]) -> None:
+        """Optuna wants one set of values for one name, so a set that is not the whole axis is named after where it comes up first."""
+        key = (axis, _labels(legal))
+        if key not in self._names:
+            taken, whole = set(self._names.values()), legal == self.axes[axis]
+            names = [axis] if whole else ["/".join([axis, *_labels(chosen)[:depth]]) for depth in range(1, len(chosen) + 1)]
+            self._names[key] = next(name for name in names if name not in taken)
+
+    def _parameter(self, chosen: list[Candidate], axis: str) -> str:
+        return self._names[axis, _labels(self._legal[_labels(chosen)])]
+
+    def _sparsity(self, trial: Suggest, granularity: Candidate) -> float:
+        if (fixed := fixed_sparsity(granularity.choice)) is not None:
+            return fixed
+        if isinstance(self.sparsities, Choices):
+            values = self.sparsities.values
+            return float(values[0] if len(values) == 1 else trial.suggest_categorical("sparsity", list(values)))
+        low, high = _bounds(self.sparsities)
         return round(1 - trial.suggest_float("density", round(1 - high, 6), round(1 - low, 6), log=True), 5)
 
     def _pick(self, trial: Suggest, name: str, candidates: Sequence[Candidate]) -> Candidate:
@@ -137,22 +183,30 @@ class Space:
         label = trial.suggest_categorical(name, [candidate.label for candidate in candidates])
         return next(candidate for candidate in candidates if candidate.label == label)
 
-    def _choice(self, trial: Suggest, axis: str, candidate: Candidate) -> Choice:
+    def _choice(self, trial: Suggest, candidate: Candidate, layers: Sequence[str]) -> Choice:
         options = dict(candidate.fixed)
         for name, where in candidate.searched.items():
-            path = f"{candidate.label}/{name}"
-            option = registry.TABLES[axis].get(candidate.name).options[name]
+            path, option = f"{candidate.label}/{name}", candidate.choice.entry.options[name]
             if isinstance(where, PerLayer):
-                options[name] = {layer: _suggest(trial, f"{path}/{layer}", where.range, option) for layer in self._layers}
+                options[name] = {layer: _suggest(trial, f"{path}/{layer}", where.range, option) for layer in layers}
             else:
                 options[name] = _suggest(trial, path, where, option)
-        return registry.TABLES[axis].choose(candidate.name, **options)
+        return candidate.table.choose(candidate.name, **options)
 
 
-def paradigm_uses(paradigm: Candidate) -> Sequence[str]:
-    """The axes that a paradigm looks at."""
-    uses: Sequence[str] = registry.paradigm.get(paradigm.name).facts["uses"]
-    return uses
+def _labels(chosen: Sequence[Candidate]) -> _Labels:
+    return tuple(candidate.label for candidate in chosen)
+
+
+def _bounds(sparsities: Range | Choices) -> tuple[float, float]:
+    if isinstance(sparsities, Choices):
+        return min(sparsities.values), max(sparsities.values)
+    return sparsities.low, sparsities.high
+
+
+def _within(sparsity: float, sparsities: Range | Choices) -> bool:
+    low, high = _bounds(sparsities)
+    return any(abs(sparsity - value) < 1e-6 for value in sparsities.values) if isinstance(sparsities, Choices) else low <= sparsity <= high
 
 
 def _suggest(trial: Suggest, name: str, where: Range | Choices, option: Option) -> Any:
@@ -163,69 +217,3 @@ def _suggest(trial: Suggest, name: str, where: Range | Choices, option: Option) 
         return trial.suggest_int(name, int(where.low), int(where.high), log=where.log)
     # Six digits: a recipe that is written down is the recipe that ran.
     return float(f"{trial.suggest_float(name, where.low, where.high, log=where.log):.6g}")
-
-
-def _candidates(table: Table, value: Any, where: str) -> list[Candidate]:
-    if value is None:
-        value = table.names()
-    if isinstance(value, str | Mapping):
-        value = [value]
-    if not isinstance(value, list | tuple) or not value:
-        raise UserError(f"{where} must be a list of names, got {value!r}. Leave it out to search all: {', '.join(table.names())}.")
-    found: list[Candidate] = []
-    for item in value:
-        options = {key: item[key] for key in item if key not in ("name", "import")} if isinstance(item, Mapping) else {}
-        head = {key: item[key] for key in item if key in ("name", "import")} if isinstance(item, Mapping) else item
-        entry = table.get(_name(table, head, where))
-        for key in options:
-            if key not in entry.options:
-                raise unknown(f"option of {where} {entry.name}:", key, entry.options)
-        fixed, searched = {}, {}
-        for key, option in entry.options.items():
-            place = f"{where}.{entry.name}.{key}"
-            if key not in options:
-                if option.search is not None:
-                    searched[key] = option.search
-            elif isinstance(options[key], list) and option.type not in (tuple, list) and not _is_sequence(option):
-                searched[key] = _narrowed(option, options[key], place)
-            else:
-                fixed[key] = option.check(options[key], place)
-        label = entry.name if not any(other.label == entry.name for other in found) else f"{entry.name} {json.dumps(options)}"
-        found.append(Candidate(label, entry.name, fixed, searched))
-    return found
-
-
-def _name(table: Table, head: Any, where: str) -> str:
-    if isinstance(head, str):
-        return head
-    if len(head) != 1:
-        raise UserError(f"{where} entries must be a name or a mapping with 'name' or 'import', got {head!r}.")
-    return f"import:{head['import']}" if "import" in head else str(head["name"])
-
-
-def _is_sequence(option: Option) -> bool:
-    return getattr(option.type, "__origin__", None) in (tuple, list)
-
-
-def _narrowed(option: Option, values: list[Any], where: str) -> Range | Choices | PerLayer:
-    checked = [option.check(value, where) for value in values] if not isinstance(option.search, PerLayer) else values
-    if isinstance(option.search, Choices) or option.type not in (int, float) or isinstance(option.search, PerLayer):
-        if isinstance(option.search, PerLayer):
-            raise UserError(f"{where} is searched for each layer; fix it with a mapping of layer names to shares or leave it out.")
-        return Choices(*checked)
-    if len(checked) != 2 or not checked[0] < checked[1]:
-        raise UserError(f"{where} must be [low, high] with low < high, got {values}.")
-    return LogRange(*checked) if getattr(option.search, "log", False) else Range(*checked)
-
-
-def _sparsities(value: Any) -> tuple[float, float]:
-    bounds = (value, value) if isinstance(value, int | float) else value
-    numbers = isinstance(bounds, list | tuple) and len(bounds) == 2 and all(isinstance(bound, int | float) for bound in bounds)
-    if not numbers or bounds[0] > bounds[1]:
-        raise UserError(f"space.sparsity must be a number or [low, high], got {value!r}. Write [0.5, 0.98].")
-    low, high = (check_sparsity(float(bound), "space.sparsity") for bound in bounds)
-    if not low:
-        raise UserError(
-            f"space.sparsity must start above 0, got {value}: paradigm 'dense' is the network without pruning. Write [0.5, 0.98]."
-        )
-    return low, high

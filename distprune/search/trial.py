@@ -111,7 +111,7 @@ def _rows(job: Job, base: dict[str, Any]) -> Iterator[dict[str, Any]]:
 def _score(run: Run, report: Report, recovery: int) -> float:
     """The score at a rung; the plain objective where the projected copy cannot be trained, which must not end the trial."""
     try:
-        score, spent = project(run.state, run.recipe, run.env, recovery=recovery)
+        score, spent = project(run.state, run.recipe, run.plan, run.env, recovery=recovery)
     except UserError:
         return report.metrics[run.env.task.objective]
     run.state.ledger.observing += spent
@@ -147,7 +147,7 @@ def _row(report: Report, run: Run) -> dict[str, Any]:
 def _diagnosis(run: Run) -> dict[str, Any]:
     """FLOPs and collapsed layers; empty for a network that does not run in float64 or under the counter, which fails no trial."""
     try:
-        dense = run.flops()
+        dense = run.env.flops
         dead = collapsed(run.state.model, run.state.masks, run.env.task.example())
     except Exception:  # the forward pass is the user's
         return {}

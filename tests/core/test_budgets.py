@@ -37,7 +37,7 @@ def test_every_feasible_budget_is_met_exactly(choice: Choice, sparsity: float, s
     kept = kept_for(sparsity, layers)
     counts = allocate(choice, layers, kept, scores_of(SHAPES, seed))
     assert sum(counts.values()) == kept
-    assert all(1 <= counts[layer.name] <= layer.size for layer in layers)
+    assert all(1 <= counts[layer.name] <= layer.units for layer in layers)
 
 
 @pytest.mark.parametrize("choice", choices(), ids=lambda choice: choice.name)
@@ -53,7 +53,7 @@ def test_nested_budgets_never_ask_for_more_than_is_alive(choice: Choice) -> None
 
 
 def test_infeasible_budget_is_refused_with_the_largest_feasible_sparsity() -> None:
-    with pytest.raises(UserError, match=r"at least one weight in each of 4 layers, got 0.9999 .* largest feasible sparsity is 0.998426"):
+    with pytest.raises(UserError, match=r"at least one unit in each of 4 layers, got 0.9999 .* largest feasible sparsity is 0.998426"):
         kept_for(0.9999, layers_of(SHAPES))
     assert kept_for(0.998426, layers_of(SHAPES)) == 4
 
@@ -120,5 +120,5 @@ def test_scores_that_are_not_finite_are_refused() -> None:
         top_masks({"a": torch.tensor([1.0, math.nan])}, {"a": 1})
 
 
-def test_layer_size() -> None:
-    assert Layer("a", (2, 3), 6, 0.0).size == 6
+def test_every_weight_is_a_unit_by_default() -> None:
+    assert layers_of({"a": (2, 3)})[0] == Layer("a", (2, 3), 6, 6, 0.0)

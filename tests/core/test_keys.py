@@ -13,10 +13,10 @@ from distprune.core.stages import SetWeights, Snapshot, Train
 PINNED = {
     "at_init": "b58a3c3456075770",
     "dense": "4a65e0d403d9da95",
-    "dynamic": "b2e5a4eadd013eea",
     "finetune": "6665415de4c75f50",
     "gradual": "92342405bc51422c",
     "lth": "673c321399b2cff2",
+    "rigl": "4a2e1c8b088bf17f",
     "scratch": "b2376dd51f5b80c8",
 }
 

@@ -85,7 +85,8 @@ def test_flops_by_hand() -> None:
     assert dense == {"0.weight": 2 * 16 * 2 * 9, "4.weight": 2 * 32 * 3}
     masks = Masks({"0.weight": torch.zeros(2, 1, 3, 3, dtype=torch.bool), "4.weight": torch.ones(3, 32, dtype=torch.bool)})
     assert flops(dense, masks) == 192
-    assert layer_flops(nn.Linear(3, 2), torch.zeros(1, 3), {"weight": torch.zeros(2, 3)}) == {"weight": 12}
+    alone = nn.Linear(3, 2)
+    assert layer_flops(alone, torch.zeros(1, 3), prunable(alone)) == {"weight": 12}
 
 
 def test_layer_collapse_is_about_paths_not_about_counts() -> None:

@@ -5,46 +5,44 @@ from typing import Any
 
 import pytest
 import torch
-from toys import finish, ready, recipe, same, tensors
+from toys import PARADIGMS, SETTINGS, finish, ready, recipe, same, tensors
 
-from distprune.core import registry
 from distprune.core.executor import execute
 from distprune.core.keys import keys
 from distprune.core.stages import SetWeights, Train
 from distprune.errors import UserError
 
-QUICK: dict[str, Any] = {"lth": {"name": "lth", "share": 0.7, "rewind_to": "10%"}}
-PARADIGMS = [QUICK.get(name, name) for name in registry.paradigm.names()]
 OPTIMIZERS = [{"name": "sgd", "lr": 0.05, "weight_decay": 1e-2}, {"name": "adamw", "lr": 3e-3, "weight_decay": 0.1}]
-each = pytest.mark.parametrize("paradigm", PARADIGMS, ids=lambda value: value if isinstance(value, str) else value["name"])
+each = pytest.mark.parametrize("paradigm", PARADIGMS)
 
 
 @each
 @pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda value: value["name"])
-def test_budget_zeros_and_bill(paradigm: Any, optimizer: dict[str, Any]) -> None:
+def test_budget_zeros_and_bill(paradigm: str, optimizer: dict[str, Any]) -> None:
     run = ready(paradigm, regularizer="l2", train={"optimizer": optimizer})
     state = run.state
     reports = finish(run)
-    expected = 0.0 if paradigm == "dense" else 0.9
+    due = round((1 - run.recipe.sparsity) * state.masks.total)
     assert reports[-1].final and not any(report.final for report in reports[:-1])
-    assert abs(state.masks.sparsity - expected) <= 0.5 / state.masks.total
+    assert state.masks.kept == due if run.recipe.granularity.name == "weight" else 0.5 * due < state.masks.kept <= due
     for name, mask in state.masks.items():
         assert not state.weights[name][~mask].any()
-        assert all(not tensor[~mask].any() for tensor in state.memory[name].values() if tensor.shape == mask.shape)
+        assert all(not tensor[~mask].any() for tensor in state.memory.get(name, {}).values() if tensor.shape == mask.shape)
         if state.weights[name].grad is not None and paradigm != "dense":
             assert not state.weights[name].grad[~mask].any(), "gradients as the optimizer sees them"
-    assert reports[-1].cost == run.plan.cost, "the bill is a pure function of the plan"
+    open_end = any(isinstance(stage, Train) and stage.may_end_early for stage in run.plan.stages)
+    assert reports[-1].cost <= run.plan.cost if open_end else reports[-1].cost == run.plan.cost, "the bill is a pure function of the plan"
     assert [report.index for report in reports] == list(range(len(reports)))
 
 
 @each
-def test_learns(paradigm: Any) -> None:
-    run = ready(paradigm, sparsity=0.8, train={"length": "15ep"})
+def test_learns(paradigm: str) -> None:
+    run = ready(paradigm, None if "sparsity" in SETTINGS.get(paradigm, {}) else 0.8, train={"length": "15ep"})
     assert finish(run)[-1].metrics["accuracy"] > 0.6, "chance is 0.1"
 
 
 @each
-def test_same_seed_same_bits_other_seed_other_bits(paradigm: Any) -> None:
+def test_same_seed_same_bits_other_seed_other_bits(paradigm: str) -> None:
     runs = [ready(paradigm, seed=seed) for seed in (0, 0, 1)]
     for run in runs:
         finish(run)
@@ -52,7 +50,7 @@ def test_same_seed_same_bits_other_seed_other_bits(paradigm: Any) -> None:
 
 
 @each
-def test_the_outer_random_generator_is_left_alone(paradigm: Any) -> None:
+def test_the_outer_random_generator_is_left_alone(paradigm: str) -> None:
     run = ready(paradigm)
     before = torch.get_rng_state()
     for _ in execute(run.plan, run.state, run.env):
@@ -119,49 +117,6 @@ def test_gradual_masks_are_nested_and_end_on_time() -> None:
         assert report.clock < 30 or report.kept == round(0.1 * masks.total)
 
 
-@pytest.mark.parametrize("growth", ["random", "gradient"])
-def test_dynamic_keeps_every_layers_count_and_moves_weights(growth: str) -> None:
-    run = ready({"name": "dynamic", "growth": growth, "updates": 5}, report_every="1it")
-    counts, first, changes = None, None, 0
-    for _ in execute(run.plan, run.state, run.env):
-        masks = run.state.masks
-        first, counts = first or masks, counts or masks.counts
-        assert masks.counts == counts
-        changes += not masks.equal(first)
-    assert changes
-
-
-def test_rigl_drops_the_smallest_and_grows_the_largest_gradient() -> None:
-    from distprune.core.hooks.updates import regrown
-
-    mask = torch.tensor([True, True, True, True, False, False, False])
-    magnitude = torch.tensor([4.0, 3.0, 2.0, 1.0, 0.0, 0.0, 0.0])
-    growth = torch.tensor([9.0, 9.0, 9.0, 5.0, 1.0, 8.0, 7.0])
-    # Half of four is two: 2.0 and 1.0 go; among the free, 9.0 (just dropped) and 8.0 grow.
-    assert regrown(mask, magnitude, growth, 0.5).tolist() == [True, True, True, False, False, True, False]
-
-
-@pytest.mark.parametrize(
-    ("paradigm", "changes", "message"),
-    [
-        ("dense", {"sparsity": 0.5}, "prunes nothing, so sparsity must be 0, got 0.5"),
-        ("at_init", {"sparsity": 0.0}, "needs a sparsity above 0, got 0"),
-        (
-            "dynamic",
-            {"sparsity": 0.5, "allocator": "global"},
-            "allocator 'global' ranks scores, and paradigm 'dynamic' starts from random masks",
-        ),
-    ],
-)
-def test_illegal_recipes_say_why(paradigm: str, changes: dict[str, Any], message: str) -> None:
-    from toys import BASE
-
-    from distprune.core.recipe import Recipe
-
-    with pytest.raises(UserError, match=message):
-        Recipe.read({**BASE, "paradigm": paradigm, **changes})
-
-
 def test_lengths_that_do_not_fit_are_refused() -> None:
     with pytest.raises(UserError, match="rewind_to must be before the end of training at step 40, got step 50"):
         recipe({"name": "lth", "rewind_to": "50it"}).plan(10)
@@ -170,6 +125,6 @@ def test_lengths_that_do_not_fit_are_refused() -> None:
 
 
 def test_every_plan_has_distinct_keys_but_for_snapshots() -> None:
-    plan = ready(QUICK["lth"]).plan
+    plan = ready("lth").plan
     found = keys("root", plan)
     assert len(set(found)) == len(found) - sum(stage.writes is not None for stage in plan.stages)

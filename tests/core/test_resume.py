@@ -9,19 +9,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from toys import finish, ready, same, tensors
+from toys import PARADIGMS, finish, ready, same, tensors
 
-from distprune.core import registry
 from distprune.core.executor import execute
 from distprune.errors import UserError
 
-LTH = {"name": "lth", "share": 0.7, "rewind_to": "10%"}
-PARADIGMS = [LTH if name == "lth" else name for name in registry.paradigm.names()]
 
-
-@pytest.mark.parametrize("paradigm", PARADIGMS, ids=lambda value: value if isinstance(value, str) else value["name"])
+@pytest.mark.parametrize("paradigm", PARADIGMS)
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_from_every_report(paradigm: Any, optimizer: str, tmp_path: Path) -> None:
+def test_from_every_report(paradigm: str, optimizer: str, tmp_path: Path) -> None:
     changes: dict[str, Any] = {"regularizer": "growing_l2", "train": {"optimizer": optimizer, "length": "3ep"}, "report_every": "7it"}
     whole = ready(paradigm, **changes)
     reports = []
@@ -36,7 +32,7 @@ def test_from_every_report(paradigm: Any, optimizer: str, tmp_path: Path) -> Non
 
 
 def test_in_a_fresh_process(tmp_path: Path) -> None:
-    run = ready(LTH, report_every="7it")
+    run = ready("lth", report_every="7it")
     for count, _ in enumerate(execute(run.plan, run.state, run.env)):
         if count == 4:
             run.state.save(tmp_path / "middle.safetensors")
@@ -45,7 +41,7 @@ def test_in_a_fresh_process(tmp_path: Path) -> None:
 import sys; sys.path.insert(0, {str(Path(__file__).parents[1])!r})
 import torch; torch.set_num_threads(1)
 from toys import ready, finish
-run = ready({LTH!r}, report_every="7it")
+run = ready("lth", report_every="7it")
 run.state.load({str(tmp_path / "middle.safetensors")!r})
 finish(run)
 run.state.save({str(tmp_path / "again.safetensors")!r})

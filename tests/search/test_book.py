@@ -135,9 +135,9 @@ def test_a_zombies_reports_are_ignored(tmp_path: Path) -> None:
 
 
 def test_every_candidate_is_in_a_first_trial(tmp_path: Path) -> None:
-    folder = start(search(tmp_path, trials=12, space={"paradigm": ["dense", "at_init", "dynamic"]}))
+    folder = start(search(tmp_path, trials=12, space={"paradigm": ["dense", "at_init", "rigl"]}))
     values = {value for trial in trials(folder) for value in trial.params.values()}
-    assert {"dense", "at_init", "dynamic", "magnitude", "snip", "grasp", "synflow", "random"} <= values
+    assert {"dense", "at_init", "rigl", "magnitude", "snip", "grasp", "synflow", "random"} <= values
     assert {"erk", "uniform", "global", "lamp", "per_layer", "power", "l1", "l2", "none", "growing_l2"} <= values
 
 

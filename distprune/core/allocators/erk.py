@@ -1,16 +1,15 @@
 """Erdős–Rényi-Kernel densities."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
 from distprune.core.budgets import Layer, proportional
-from distprune.core.masks import Masks
 from distprune.core.registry import allocator
 
 
 @allocator("erk", paper="Evci et al. 2020, arXiv:1911.11134, section 3; Mocanu et al. 2018, arXiv:1707.04780")
-def erk(layers: Sequence[Layer], kept: int, scores: Mapping[str, Tensor] | None, alive: Masks | None) -> dict[str, int]:
+def erk(layers: Sequence[Layer], kept: int, scores: Mapping[str, Tensor] | None, alive: Mapping[str, Tensor] | None) -> dict[str, int]:
     """Density in proportion to (n_in + n_out + kernel sides) / (n_in * n_out * kernel area); layers that would exceed 1 are dense."""
-    # density * size = sum of the shape's sides: the product in the denominator is the layer's size.
-    return proportional([sum(layer.shape) for layer in layers], layers, kept)
+    return proportional([sum(layer.shape) / math.prod(layer.shape) for layer in layers], layers, kept)

@@ -5,12 +5,11 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from distprune.core.budgets import Layer, ranked
-from distprune.core.masks import Masks
 from distprune.core.registry import allocator
 
 
 @allocator("global", paper="Han et al. 2015, arXiv:1506.02626", needs_scores=True)
-def globally(layers: Sequence[Layer], kept: int, scores: Mapping[str, Tensor] | None, alive: Masks | None) -> dict[str, int]:
-    """A layer keeps as many weights as it has among the best of the whole network."""
+def globally(layers: Sequence[Layer], kept: int, scores: Mapping[str, Tensor] | None, alive: Mapping[str, Tensor] | None) -> dict[str, int]:
+    """A layer keeps as many units as it has among the best of the whole network."""
     assert scores is not None
     return ranked(scores, layers, kept, alive)

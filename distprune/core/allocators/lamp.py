@@ -6,12 +6,11 @@ import torch
 from torch import Tensor
 
 from distprune.core.budgets import Layer, ranked
-from distprune.core.masks import Masks
 from distprune.core.registry import allocator
 
 
 @allocator("lamp", paper="Lee et al. 2021, arXiv:2010.07611, eq. 4", needs_scores=True)
-def lamp(layers: Sequence[Layer], kept: int, scores: Mapping[str, Tensor] | None, alive: Masks | None) -> dict[str, int]:
+def lamp(layers: Sequence[Layer], kept: int, scores: Mapping[str, Tensor] | None, alive: Mapping[str, Tensor] | None) -> dict[str, int]:
     """Counts from one ranking of s_u^2 / sum of s_v^2 over the v ranked at or above u in its layer (the paper has s = |w|).
 
     Scores that can be negative (GraSP) are shifted to start at zero in each layer. The best weight of a layer has 1: none collapses.

@@ -4,13 +4,14 @@ from typing import Annotated
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from distprune.core.options import Range
 from distprune.core.registry import criterion
 from distprune.core.scoring import Probe
 
 
-@criterion("grasp", paper="Wang et al. 2020, arXiv:2002.07376, eq. 8", passes=2)
+@criterion("grasp", paper="Wang et al. 2020, arXiv:2002.07376, eq. 8", passes=2, reduction="sum")
 def grasp(probe: Probe, *, batches: Annotated[int, Range(1, 4)] = 1, temperature: float = 200.0) -> dict[str, Tensor]:
     """w * Hg: how much the gradient's norm falls when the weight goes. The paper removes the largest -w * Hg, so this is kept largest.
 
@@ -27,7 +28,8 @@ def grasp(probe: Probe, *, batches: Annotated[int, Range(1, 4)] = 1, temperature
     for batch in data:
         torch._foreach_add_(total, gradient(batch, create_graph=False))
     product = [torch.zeros_like(weight) for weight in weights]
-    for batch in data:
-        inner = torch.stack([(a * b).sum() for a, b in zip(gradient(batch, create_graph=True), total, strict=True)]).sum()
-        torch._foreach_add_(product, torch.autograd.grad(inner, weights, materialize_grads=True))
+    with sdpa_kernel(SDPBackend.MATH):  # the other implementations of attention have no second derivative
+        for batch in data:
+            inner = torch.stack([(a * b).sum() for a, b in zip(gradient(batch, create_graph=True), total, strict=True)]).sum()
+            torch._foreach_add_(product, torch.autograd.grad(inner, weights, materialize_grads=True))
     return {name: value * part for (name, value), part in zip(probe.values.items(), product, strict=True)}

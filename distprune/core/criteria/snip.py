@@ -9,7 +9,7 @@ from distprune.core.registry import criterion
 from distprune.core.scoring import Probe
 
 
-@criterion("snip", paper="Lee et al. 2019, arXiv:1810.02340, eq. 3", passes=1)
+@criterion("snip", paper="Lee et al. 2019, arXiv:1810.02340, eq. 3", passes=1, reduction="sum")
 def snip(probe: Probe, *, batches: Annotated[int, Range(1, 4)] = 1) -> dict[str, Tensor]:
     """Connection sensitivity |w dL/dw|, the gradient taken under the masks and averaged over batches."""
     gradients = probe.gradients(batches)

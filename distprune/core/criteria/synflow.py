@@ -7,7 +7,7 @@ from distprune.core.registry import criterion
 from distprune.core.scoring import Probe
 
 
-@criterion("synflow", paper="Tanaka et al. 2020, arXiv:2006.05467, eq. 5 and algorithm 1", steps=100)
+@criterion("synflow", paper="Tanaka et al. 2020, arXiv:2006.05467, eq. 5 and algorithm 1", steps=100, reduction="sum")
 def synflow(probe: Probe) -> dict[str, Tensor]:
     """|w dR/dw| with R the summed output of the network with absolute weights on an input of ones; no data, 100 steps.
 

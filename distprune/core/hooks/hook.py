@@ -22,6 +22,8 @@ class Hook:
     """
 
     version: ClassVar[int] = 1
+    may_end: ClassVar[bool] = False  # `step` may end the stage before its time
+    regrows: ClassVar[bool] = False  # removed weights may come back, so no stage may prune after it
 
     def start(self, memory: Memory, state: "State", env: "Env") -> None:
         """Once, when the trajectory begins."""

@@ -19,7 +19,8 @@ def torchvision_model(shape: tuple[int, int, int], classes: int, *, arch: str, p
             f"torchvision models need images of 3 channels, got {shape[0]}. Take lenet5, resnet_cifar or vgg_cifar for such data."
         )
     if not pretrained:
-        return _without_auxiliary(models.get_model(arch, weights=None, num_classes=classes))
+        size = {"image_size": shape[1]} if arch.startswith("vit_") else {}  # its position embeddings are for one size
+        return _without_auxiliary(models.get_model(arch, weights=None, num_classes=classes, **size))
     weights = models.get_model_weights(arch).__members__
     if pretrained not in weights:
         raise unknown(f"pretrained weights of {arch}:", pretrained, weights)

@@ -5,7 +5,7 @@ from distprune.core.recipe import Recipe
 from distprune.core.registry import paradigm
 
 
-@paradigm("dense", uses=())
+@paradigm("dense", uses=(), branch="none", mask="none", values="init", after="training")
 def dense(recipe: Recipe) -> Plan:
     """Train, prune nothing."""
     return Plan([recipe.training(until=recipe.train.length)])

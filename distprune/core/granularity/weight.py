@@ -1,0 +1,10 @@
+"""Single weights."""
+
+from distprune.core.registry import granularity
+from distprune.core.units import Network, Units, Weights
+
+
+@granularity("weight", paper="LeCun et al. 1989, Optimal brain damage")
+def weight(network: Network) -> Units:
+    """Every weight is kept or removed for itself: the budget is met exactly."""
+    return Weights(network.weights)

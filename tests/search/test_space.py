@@ -1,0 +1,104 @@
+"""The space proposes legal recipes only, and every candidate that has one."""
+
+from typing import Any
+
+import optuna
+import pytest
+from toys import BASE
+
+from distprune.core import registry
+from distprune.core.legality import violations
+from distprune.core.recipe import Recipe
+from distprune.errors import UserError
+from distprune.search.space import Space
+
+ALL = {"granularity": ["weight", "kernel", "n_m", "filter"], "sparsity": [0.5, 0.75, 0.9]}
+
+
+def _drawn(space: Space, count: int) -> list[Recipe]:
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    return [space.build(study.ask()) for _ in range(count)]
+
+
+@pytest.mark.parametrize("value", [{}, ALL, {"granularity": ["filter", "channel"]}, {"granularity": ["layer", "weight"]}])
+def test_every_proposal_is_legal(value: dict[str, Any]) -> None:
+    for recipe in _drawn(Space(BASE, value, seed=0), 150):
+        assert not violations(recipe)
+        assert Recipe.read(recipe.plain()) == recipe
+
+
+def test_the_first_trials_hold_every_candidate_and_cross_sparsities_with_paradigms() -> None:
+    space = Space(BASE, ALL, seed=0)
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    recipes = []
+    for parameters in space.covering():
+        study.enqueue_trial(parameters)
+        trial = study.ask()
+        recipes.append(space.build(trial))
+        assert all(trial.params[name] == value for name, value in parameters.items())
+    for axis in ("paradigm", "granularity", "criterion", "allocator", "regularizer"):
+        found = {getattr(recipe, axis).name for recipe in recipes}
+        assert {candidate.label for candidate in space.axes[axis]} <= found
+    crossed = {(recipe.paradigm.name, recipe.sparsity) for recipe in recipes if recipe.granularity.name != "n_m"}
+    pruning = [candidate.label for candidate in space.axes["paradigm"] if candidate.label != "dense"]
+    assert crossed >= {(name, value) for name in pruning for value in ALL["sparsity"]}
+
+
+def test_a_pattern_comes_with_its_own_sparsity_or_not_at_all() -> None:
+    at_half = [recipe for recipe in _drawn(Space(BASE, ALL, seed=0), 200) if recipe.granularity.name == "n_m"]
+    assert at_half and all(recipe.sparsity == 0.5 and recipe.allocator.name == "uniform" for recipe in at_half)
+    without = Space(BASE, {"granularity": ["weight", "n_m"], "sparsity": [0.9, 0.95, 0.98]}, seed=0)
+    assert all(recipe.granularity.name == "weight" for recipe in _drawn(without, 50))
+    assert any("it allows sparsity 0.5 only, which space.sparsity does not have" in line for line in without.excluded)
+
+
+def test_what_is_legal_nowhere_is_left_out_and_listed_or_refused_if_it_was_asked_for() -> None:
+    space = Space(BASE, {}, seed=0)
+    assert "slimming" not in [candidate.label for candidate in space.axes["paradigm"]], "it needs filters, and the recipe has weights"
+    assert any(line.startswith("granularity weight: paradigm 'slimming' works on granularity filter or channel") for line in space.excluded)
+    with pytest.raises(UserError, match="space: paradigm 'slimming' can never be proposed. granularity weight: paradigm 'slimming'"):
+        Space(BASE, {"paradigm": ["dense", "slimming"]}, seed=0)
+    with pytest.raises(UserError, match="space: paradigm 'rigl' can never be proposed. allocator global"):
+        Space(BASE, {"paradigm": ["rigl"], "allocator": ["global"]}, seed=0)
+
+
+def test_equal_sets_share_a_parameter_and_different_ones_do_not() -> None:
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    space = Space(BASE, ALL, seed=0)
+    values: dict[str, set[Any]] = {}
+    for _ in range(200):
+        trial = study.ask()
+        space.build(trial)
+        for name, distribution in trial.distributions.items():
+            if isinstance(distribution, optuna.distributions.CategoricalDistribution):
+                values.setdefault(name, set()).add(distribution.choices)
+    assert all(len(choices) == 1 for choices in values.values()), "Optuna wants one set of values for one name"
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ([0.9, 0.5], "space.sparsity must rise"),
+        ([0.9, 0.9], "space.sparsity must rise"),
+        ([0.5, 0.6, 1.0], r"space.sparsity must be in \[0, 1\), got 1.0"),
+        ([0.0, 0.5], "space.sparsity must be above 0"),
+        ("high", "space.sparsity must be a number"),
+        ([], "space.sparsity must be a number"),
+    ],
+)
+def test_sparsities_that_make_no_sense(value: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Space(BASE, {"sparsity": value}, seed=0)
+
+
+def test_shares_are_searched_for_what_the_granularity_budgets() -> None:
+    space = Space(BASE, {"allocator": ["per_layer"], "paradigm": ["finetune"]}, seed=0, layers=lambda granularity: [granularity.name, "b"])
+    (recipe,) = _drawn(space, 1)
+    assert set(recipe.allocator.options["shares"]) == {"weight", "b"}
+
+
+def test_every_table_that_is_searched_is_an_axis() -> None:
+    assert {candidate.table for candidates in Space(BASE, ALL, seed=0).axes.values() for candidate in candidates} == {
+        registry.TABLES[axis] for axis in ("paradigm", "granularity", "criterion", "allocator", "regularizer", "optimizer")
+    }
