@@ -31,7 +31,7 @@ def finalists(result: Result) -> Iterator[tuple[str, float, dict[str, Any]]]:
     for trial in result.rows():
         recipe, value = trial.recipe, trial.row["objective"]
         key = (_name(recipe["paradigm"]), recipe["sparsity"])
-        if trial.row["state"] == "finished" and (key not in best or value > best[key].row["objective"]):
+        if trial.row["ended"] == "finished" and (key not in best or value > best[key].row["objective"]):
             best[key] = trial
     for (name, sparsity), trial in sorted(best.items()):
         yield name, sparsity, trial.recipe

@@ -11,18 +11,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from distprune.api import check, resume, run, search
+    from distprune.api import check, resume, run, sanity, search
     from distprune.core.data.dataset import Dataset, Split
     from distprune.core.masks import Masks
-    from distprune.core.prune import prune
+    from distprune.core.prune import prune, shrink
     from distprune.core.recipe import Recipe
     from distprune.errors import UserError
     from distprune.result import Result
     from distprune.search.config import Search
 
 _WHERE = {
-    **dict.fromkeys(("check", "resume", "run", "search"), "distprune.api"),
-    "prune": "distprune.core.prune",
+    **dict.fromkeys(("check", "resume", "run", "sanity", "search"), "distprune.api"),
+    **dict.fromkeys(("prune", "shrink"), "distprune.core.prune"),
     "Dataset": "distprune.core.data.dataset",
     "Split": "distprune.core.data.dataset",
     "Masks": "distprune.core.masks",
@@ -31,7 +31,22 @@ _WHERE = {
     "Search": "distprune.search.config",
     "UserError": "distprune.errors",
 }
-__all__ = ["Dataset", "Masks", "Recipe", "Result", "Search", "Split", "UserError", "check", "prune", "resume", "run", "search"]
+__all__ = [
+    "Dataset",
+    "Masks",
+    "Recipe",
+    "Result",
+    "Search",
+    "Split",
+    "UserError",
+    "check",
+    "prune",
+    "resume",
+    "run",
+    "sanity",
+    "search",
+    "shrink",
+]
 
 
 def __getattr__(name: str) -> Any:

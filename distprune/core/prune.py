@@ -1,16 +1,18 @@
-"""`distprune.prune`: masks for a network of your own, in one call."""
+"""`distprune.prune` and `distprune.shrink`: masks for a network of your own, and the smaller network, in one call each."""
 
+import copy
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from distprune.core import registry
+from distprune.core.edits import shrink as edits
 from distprune.core.legality import mismatches
 from distprune.core.masks import Masks, prunable
 from distprune.core.scoring import choose_masks
 from distprune.core.tasks.given import GivenBatches
-from distprune.core.units import Network
+from distprune.core.units import Network, Units
 from distprune.errors import UserError
 
 
@@ -61,3 +63,18 @@ def prune(
         steps=steps or criterion_choice.entry.facts["steps"],
         seed=seed,
     )
+
+
+def shrink(model: nn.Module, masks: Masks, example: Tensor) -> nn.Module:
+    """A smaller network that computes what `model` does under `masks`: channels and heads of which they keep nothing are taken out.
+
+    `example` is one input, [1, ...], on the model's device; the model is left as it is. Masks of granularity filter or channel are taken
+    out whole; masks of single weights where a channel happens to be removed, and they go on in what is left.
+    Raises UserError for masks of another network, and for a network without channels that can be removed.
+
+    >>> small = shrink(model, prune(model, granularity="filter", sparsity=0.7, batches=batches), example)
+    """
+    sparse = masks.apply_(copy.deepcopy(model))
+    weights = {name: weight for name, weight in prunable(sparse).items() if name in masks}
+    units: Units = registry.granularity.choose("filter")(Network(sparse, weights, lambda: example))
+    return edits.shrink(sparse, units.channels, units.alive(masks))

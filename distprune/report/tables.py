@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from distprune.core.stages import Prune
+from distprune.core.state import TRAINING
 from distprune.errors import command
 
 if TYPE_CHECKING:
@@ -76,7 +77,9 @@ def show_result(result: "Result") -> None:
 def plan_table(run: "Run") -> Table:
     """The stages of a recipe."""
     plan = run.plan
-    table = Table(title=f"{run.recipe.paradigm.name}: {plan.cost:,} samples at most", title_justify="left")
+    flops = TRAINING * plan.cost * sum(run.env.flops.values())
+    title = f"{run.recipe.paradigm.name}: {plan.cost:,} samples at most" + (f", {flops:.3g} FLOPs on dense hardware" if flops else "")
+    table = Table(title=title, title_justify="left")
     for name in ("stage", "", "sparsity", "samples"):
         table.add_column(name, justify="right" if name in ("sparsity", "samples") else "left")
     sparsity = 0.0

@@ -146,12 +146,14 @@ def _row(report: Report, run: Run) -> dict[str, Any]:
 
 def _diagnosis(run: Run) -> dict[str, Any]:
     """FLOPs and collapsed layers; empty for a network that does not run in float64 or under the counter, which fails no trial."""
+    dense, masks = run.env.flops, run.state.masks
     try:
-        dense = run.env.flops
-        dead = collapsed(run.state.model, run.state.masks, run.env.task.example())
+        dead = collapsed(run.state.model, masks, run.env.task.example())
     except Exception:  # the forward pass is the user's
         return {}
-    return {"flops": flops(dense, run.state.masks), "dense_flops": sum(dense.values()), "collapsed": dead}
+    counts = masks.counts  # a layer that was removed as a whole is no accident
+    measured = {"flops": flops(dense, masks), "dense_flops": sum(dense.values())} if dense else {}
+    return {**measured, "collapsed": [name for name in dead if counts[name]]}
 
 
 def grace_cost(plan: Plan) -> int:

@@ -10,7 +10,7 @@ from distprune.core import registry
 from distprune.core.granularity.n_m import Pattern
 from distprune.core.masks import prunable
 from distprune.core.models.resnet_cifar import resnet_cifar
-from distprune.core.prune import prune
+from distprune.core.prune import prune, shrink
 from distprune.core.registry import Choice
 from distprune.core.scoring import choose_masks
 from distprune.core.units import Network, Units
@@ -195,3 +195,18 @@ def test_prune_takes_a_granularity() -> None:
         prune(model, sparsity=0.7, granularity="n_m", allocator="uniform")
     with pytest.raises(UserError, match="decides itself what each layer keeps, so allocator must be uniform, got 'global'"):
         prune(model, sparsity=0.5, granularity="n_m")
+
+
+def test_shrink_takes_removed_channels_out_and_computes_the_same() -> None:
+    network = _network()
+    model = network.model.eval()
+    batches = [(torch.randn(4, 1, 8, 8), torch.zeros(4, dtype=torch.long))]
+    masks = prune(model, sparsity=0.4, granularity="filter", batches=batches)
+    small = shrink(model, masks, batches[0][0][:1])
+    assert sum(p.numel() for p in small.parameters()) < 0.65 * sum(p.numel() for p in model.parameters())
+    assert sum(weight.numel() for weight in prunable(small).values()) == masks.kept
+    before = copy.deepcopy(model)
+    torch.testing.assert_close(small(batches[0][0]), masks.apply_(before)(batches[0][0]))
+    scattered = prune(model, sparsity=0.5)
+    sparse = scattered.apply_(copy.deepcopy(model))
+    torch.testing.assert_close(shrink(model, scattered, batches[0][0][:1])(batches[0][0]), sparse(batches[0][0]))
