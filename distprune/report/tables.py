@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from distprune.result import Result
 
 
+_NUMBERS = ("trial", "validation", "test", "kept", "weights", "FLOPs")
+_AXES = ("paradigm", "granularity", "criterion", "allocator", "regularizer")
+
+
 def show(table: Any) -> None:
     """Print to the terminal; wide enough for a file where there is none."""
     console = Console()
@@ -26,9 +30,13 @@ def show(table: Any) -> None:
 def front_table(result: "Result") -> Table:
     """The Pareto front: the most accurate first."""
     table = Table(title=f"Pareto front of {result.folder.path}", title_justify="left")
-    for name in ("trial", "validation", "test", "kept", "weights", "FLOPs", "paradigm", "criterion", "allocator", "regularizer"):
-        table.add_column(name, justify="right" if name in ("trial", "validation", "test", "kept", "weights", "FLOPs") else "left")
-    for trial in result.pareto():
+    front = result.pareto()
+    axes = [axis for axis in _AXES if axis != "granularity" or {trial.row[axis] for trial in front} - {"weight", None}]
+    for name in _NUMBERS:
+        table.add_column(name, justify="right")
+    for name in axes:
+        table.add_column(name)
+    for trial in front:
         row = trial.row
         table.add_row(
             str(row["number"]),
@@ -37,10 +45,7 @@ def front_table(result: "Result") -> Table:
             f"{1 - row['sparsity']:.2%}",
             f"{row['kept']:,}",
             "" if row["flops"] is None else f"{row['flops']:,.0f}",
-            row["paradigm"],
-            row["criterion"],
-            row["allocator"],
-            row["regularizer"],
+            *(row[axis] for axis in axes),
         )
     return table
 

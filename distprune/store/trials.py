@@ -17,6 +17,7 @@ SCHEMA = pa.schema(
         ("reason", _TEXT),
         ("pareto", pa.bool_()),
         ("paradigm", _TEXT),
+        ("granularity", _TEXT),
         ("criterion", _TEXT),  # empty where the paradigm uses none, as the allocator
         ("allocator", _TEXT),
         ("regularizer", _TEXT),
@@ -29,6 +30,8 @@ SCHEMA = pa.schema(
         ("flops", _NUMBER),  # ideal sparse, of one sample
         ("cost", _NUMBER),  # billed samples
         ("spent", _NUMBER),  # samples really run
+        ("bill_flops", _NUMBER),  # of the billed samples in the prunable layers, as dense hardware runs them; finished trials only
+        ("bill_sparse_flops", _NUMBER),  # of the same, with zeros skipped
         ("rung", _COUNT),
         ("attempts", _COUNT),
         ("wall_s", _NUMBER),
