@@ -1,10 +1,11 @@
 """The survey's paradigms against each other: the best recipe of each at each sparsity, trained again under other seeds, and read on test.
 
     distprune search configs/survey.yaml       # chooses the recipes, on validation
-    python benchmarks/survey.py runs/survey    # three seeds each; results go to benchmarks/survey.json
+    python benchmarks/survey.py runs/survey    # three seeds each; goes on from benchmarks/survey.json if there is one
 
-A second table prunes at initialization by every criterion in turn, all else equal, at the search's median learning rate: a search samples
-its criteria, so a comparison of them needs runs of its own. Every run bills the same samples; `equal_cost` is in the recipes.
+A second table is of controls: the paradigms of the survey's ordering by plain magnitude, and pruning at initialization by every criterion
+in turn, all at the search's median learning rate. A search samples criteria, so a comparison of them needs runs of its own.
+Every run bills the same samples; `equal_cost` is in the recipes.
 """
 
 import argparse
@@ -21,7 +22,16 @@ import distprune as dp
 from distprune.environment import environment
 from distprune.result import Result
 
-CRITERIA = {"random": "uniform", "magnitude": "lamp", "snip": "global", "grasp": "global", "synflow": "global"}  # with its allocator
+# Row of the table -> paradigm, criterion, allocator.
+CONTROLS: dict[str, tuple[Any, str, str]] = {
+    "finetune, one-shot": ({"name": "finetune", "share": 1.0}, "magnitude", "global"),
+    "gradual": ("gradual", "magnitude", "global"),
+    "lth, late rewinding": ({"name": "lth", "share": 0.5, "rewind_to": "10%"}, "magnitude", "global"),
+    "lth, rewinding to 0": ({"name": "lth", "share": 0.5}, "magnitude", "global"),
+    **{f"at_init, {name}": ("at_init", name, "global") for name in ("snip", "grasp", "synflow")},
+    "at_init, magnitude": ("at_init", "magnitude", "lamp"),
+    "at_init, random": ("at_init", "random", "uniform"),
+}
 FILE = Path(__file__).with_suffix(".json")
 
 
@@ -37,16 +47,16 @@ def finalists(result: Result) -> Iterator[tuple[str, float, dict[str, Any]]]:
         yield name, sparsity, trial.recipe
 
 
-def at_init(result: Result) -> Iterator[tuple[str, float, dict[str, Any]]]:
-    """Pruning at initialization by each criterion, at each sparsity of the search."""
+def controls(result: Result) -> Iterator[tuple[str, float, dict[str, Any]]]:
+    """CONTROLS at each sparsity of the search, all else equal."""
     recipes = [trial.recipe for trial in result.rows()]
     rate = statistics.median(recipe["train"]["optimizer"]["lr"] for recipe in recipes)
     base = next(recipe for recipe in recipes if _name(recipe["paradigm"]) == "at_init")
-    train = {**base["train"], "optimizer": {"name": "sgd", "lr": round(rate, 4)}}
+    base = {**base, "granularity": "weight", "train": {**base["train"], "optimizer": {"name": "sgd", "lr": round(rate, 4)}}}
     for sparsity in sorted({recipe["sparsity"] for recipe in recipes} - {0.0}):
-        for criterion, allocator in CRITERIA.items():
-            choices = {"criterion": criterion, "allocator": allocator, "granularity": "weight", "sparsity": sparsity, "train": train}
-            yield f"at_init: {criterion}, {allocator}", sparsity, {**base, **choices}
+        for name, (paradigm, criterion, allocator) in CONTROLS.items():
+            choices = {"paradigm": paradigm, "criterion": criterion, "allocator": allocator, "sparsity": sparsity}
+            yield f"control: {name}", sparsity, {**base, **choices}
 
 
 def _name(value: str | Mapping[str, Any]) -> str:
@@ -61,7 +71,8 @@ def measure(job: tuple[str, float, dict[str, Any], int]) -> dict[str, Any]:
     state = outcome.run.state
     accuracy = outcome.run.env.task.metrics(outcome.model, "test")["accuracy"]
     bill = {"cost": state.ledger.cost, "flops": state.ledger.flops, "sparse_flops": state.ledger.sparse_flops}
-    return {"name": name, "sparsity": sparsity, "seed": seed, "accuracy": accuracy, "achieved": state.masks.sparsity, **bill}
+    chosen = {axis: recipe[axis] for axis in ("paradigm", "granularity", "criterion", "allocator")}
+    return {"name": name, "sparsity": sparsity, "seed": seed, "accuracy": accuracy, "achieved": state.masks.sparsity, **chosen, **bill}
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -92,15 +103,19 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
     result = Result(options.run)
-    jobs = [(*job, seed) for job in [*finalists(result), *at_init(result)] for seed in range(1, options.seeds + 1)]  # the search had seed 0
-    rows = []
+    found = json.loads(FILE.read_text()) if FILE.exists() else {"rows": []}
+    done = {(row["name"], row["sparsity"], row["seed"]) for row in found["rows"]}
+    seeds = range(1, options.seeds + 1)  # the search had seed 0
+    jobs = [(*job, seed) for job in [*finalists(result), *controls(result)] for seed in seeds]
+    left = [job for job in jobs if (job[0], job[1], job[3]) not in done]
+    rows = found["rows"]
     with multiprocessing.get_context("spawn").Pool(options.workers) as pool:
-        for row in pool.imap(measure, jobs):
+        for row in pool.imap(measure, left):
             rows.append(row)
+            FILE.write_text(json.dumps({"seeds": options.seeds, "environment": environment(), "rows": rows}, indent=1) + "\n")
             print(f"{len(rows)}/{len(jobs)} {row['name']} at {row['sparsity']}: {row['accuracy']:.4f}", flush=True)
-    FILE.write_text(json.dumps({"seeds": options.seeds, "environment": environment(), "rows": rows}, indent=1) + "\n")
-    controls = [row for row in rows if row["name"].startswith("at_init:")]
-    print(table([row for row in rows if row not in controls]), "", table(controls), sep="\n")
+    fixed = [row for row in rows if row["name"].startswith("control: ")]
+    print(table([row for row in rows if row not in fixed]), "", table(fixed), sep="\n")
 
 
 if __name__ == "__main__":

@@ -114,6 +114,7 @@ def proportional(densities: Sequence[float], layers: Sequence[Layer], kept: int)
 
 def ranked(scores: Mapping[str, Tensor], layers: Sequence[Layer], kept: int, alive: Mapping[str, Tensor] | None) -> dict[str, int]:
     """Counts from one ranking over all layers: how many of the network's `kept` best units lie in each; at least one in each."""
+    check_finite(scores)
     flat = torch.cat([scores[layer.name].detach().flatten() for layer in layers])
     if alive is not None:
         flat[~torch.cat([alive[layer.name].flatten() for layer in layers])] = -math.inf
@@ -132,15 +133,21 @@ def top_masks(scores: Mapping[str, Tensor], counts: Mapping[str, int], alive: Ma
 
     With `alive`, only units that it keeps are candidates. Raises UserError on a score that is not finite.
     """
+    check_finite(scores)
     masks = {}
     for name, score in scores.items():
         flat = score.detach().flatten()
-        if not bool(torch.isfinite(flat).all()):
-            raise UserError(f"Scores of '{name}' must be finite, got NaN or infinity. Score in float64, or check the loss and the weights.")
         if alive is not None:
             flat = flat.masked_fill(~alive[name].flatten(), -math.inf)
         masks[name] = best(flat, counts[name]).view(score.shape)
     return Masks(masks)
+
+
+def check_finite(scores: Mapping[str, Tensor]) -> None:
+    """Raise UserError naming the first layer with a score that is not finite."""
+    for name, score in scores.items():
+        if not bool(torch.isfinite(score).all()):
+            raise UserError(f"Scores of '{name}' must be finite, got NaN or infinity. Score in float64, or check the loss and the weights.")
 
 
 def best(scores: Tensor, count: int) -> Tensor:

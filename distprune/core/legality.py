@@ -49,6 +49,9 @@ def violations(recipe: "Recipe") -> dict[str, str]:
 def mismatches(criterion: Choice, allocator: Choice, granularity: Choice, sparsity: float) -> dict[str, str]:
     """Why these do not go together, whatever the paradigm: field to blame -> one line."""
     found = _allocator(allocator, granularity) | _sparsity(granularity, sparsity)
+    for name in {"batches", "probes"} & criterion.entry.options.keys():
+        if criterion.option(name) < 1:
+            found["criterion"] = f"criterion.{name} must be at least 1, got {criterion.option(name)}. Write {name}: 1."
     if criterion.entry.facts["of_units"] and not granularity.entry.facts["channels"]:
         found["criterion"] = (
             f"criterion '{criterion.name}' scores whole channels, so granularity must be filter or channel, got '{granularity.name}'. "

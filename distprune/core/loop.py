@@ -40,7 +40,7 @@ def train(stage: "Train", state: "State", env: "Env") -> Iterator[None]:
 
     model.train()
     while stage.goes_on(state):
-        rate = config.decay(min(state.clock / config.length, 1.0))
+        rate = config.decay(min(state.clock / stage.horizon(state), 1.0))
         for group, lr in zip(optimizer.param_groups, base, strict=True):
             group["lr"] = lr * rate
         env.seed_global(stream_seed(env.seed, "noise", state.lap, state.clock))

@@ -61,9 +61,10 @@ def collapsed(model: nn.Module, masks: Masks, example: Tensor) -> list[str]:
     with torch.no_grad():
         for name, parameter in probe.named_parameters():
             fan_in = max(parameter[0].numel(), 1) if parameter.dim() > 1 else 1
-            parameter.copy_(masks[name].double() / fan_in if name in masks else torch.ones_like(parameter) * (parameter.dim() > 1))
+            value = masks[name].double() / fan_in if name in masks else torch.full_like(parameter, not name.endswith("bias"))
+            parameter.copy_(value)
     for module in probe.modules():  # normalisation would take a constant signal away
-        if isinstance(module, nn.modules.batchnorm._BatchNorm | nn.LayerNorm | nn.GroupNorm):
+        if isinstance(module, nn.modules.batchnorm._BatchNorm | nn.LayerNorm | nn.GroupNorm | nn.RMSNorm):
             module.forward = nn.Identity().forward  # type: ignore[method-assign]
     with torch.enable_grad():
         gradients = torch.autograd.grad(

@@ -12,7 +12,7 @@ import torch
 from distprune.core.executor import Env
 from distprune.core.plan import Plan
 from distprune.core.recipe import Recipe
-from distprune.core.stages import Train, calibrate
+from distprune.core.stages import Prune, Train, calibrate
 from distprune.core.state import Ledger, State
 
 _CALIBRATION_BATCHES = 5
@@ -33,7 +33,8 @@ def project(state: State, recipe: Recipe, plan: Plan, env: Env, *, recovery: int
         if state.entered:
             plan.stages[state.stage].leave(scratch, env)
         if recipe.sparsity > scratch.masks.sparsity + 1e-9:
-            for _ in recipe.prune(recipe.sparsity).run(scratch, env):
+            ahead = [stage for stage in plan.stages if isinstance(stage, Prune) and stage.sparsity == recipe.sparsity]
+            for _ in (ahead[-1] if ahead else recipe.prune(recipe.sparsity)).run(scratch, env):
                 pass
         config = recipe.resolved(env.task.steps_per_epoch(recipe.train.batch_size)).train
         middle = config.length // 2

@@ -21,7 +21,7 @@ def prune(
     *,
     sparsity: float,
     criterion: str | Mapping[str, Any] = "magnitude",
-    allocator: str | Mapping[str, Any] = "global",
+    allocator: str | Mapping[str, Any] | None = None,
     granularity: str | Mapping[str, Any] = "weight",
     batches: Iterable[tuple[Tensor, Tensor]] | None = None,
     loss: Callable[[Tensor, Tensor], Tensor] = nn.functional.cross_entropy,
@@ -33,15 +33,16 @@ def prune(
     """Masks that remove a share `sparsity` of a network's prunable weights; the network is left as it is.
 
     `batches` are (inputs, targets) pairs on the model's device, for criteria and granularities that look at data or at the shape of an
-    input; `loss` takes (outputs, targets). `steps` is the number of exponential steps, by default the criterion's own.
+    input; `loss` takes (outputs, targets). `allocator` is global by default, or what the granularity asks for; `steps` is the number of
+    exponential steps, by default the criterion's own.
     Raises UserError for an unknown name, an infeasible budget, a missing batch or a network without prunable weights.
 
     >>> masks = prune(model, criterion="snip", sparsity=0.9, batches=batches)
     >>> masks.apply_(model)
     """
     criterion_choice = registry.criterion.read(criterion, "criterion")
-    allocator_choice = registry.allocator.read(allocator, "allocator")
     granularity_choice = registry.granularity.read(granularity, "granularity")
+    allocator_choice = registry.allocator.read(allocator or granularity_choice.entry.facts["allocator"] or "global", "allocator")
     for problem in mismatches(criterion_choice, allocator_choice, granularity_choice, sparsity).values():
         raise UserError(problem)
     given = list(batches) if batches is not None else []
@@ -77,4 +78,7 @@ def shrink(model: nn.Module, masks: Masks, example: Tensor) -> nn.Module:
     sparse = masks.apply_(copy.deepcopy(model))
     weights = {name: weight for name, weight in prunable(sparse).items() if name in masks}
     units: Units = registry.granularity.choose("filter")(Network(sparse, weights, lambda: example))
-    return edits.shrink(sparse, units.channels, units.alive(masks))
+    kept = units.alive(masks)
+    for line in kept.values():
+        line[0] |= not line.any()  # of a layer that is removed as a whole, one channel of zeros has to stay
+    return edits.shrink(sparse, units.channels, kept)

@@ -98,6 +98,7 @@ class Recipe:
             raise UserError(f"train.length must be at least one step, got {self.train.length!r} with {steps_per_epoch} steps an epoch.")
         if not self.equal_cost:
             return self._of_length(length)
+        self._of_length(length)._stages(steps_per_epoch)  # what is wrong with its options at any length is said as it is
         low, high = 0, length
         while low < high:
             middle = (low + high + 1) // 2
@@ -125,6 +126,10 @@ class Recipe:
             return plan
         bill = to_steps(self.train.length, steps_per_epoch=steps_per_epoch) * self.train.batch_size
         stages = list(plan.stages)
+        if not any(isinstance(stage, Train) for stage in stages):
+            raise UserError(
+                f"equal_cost gives what is left to the last training, and paradigm '{self.paradigm.name}' has none. Leave it out."
+            )
         last = max(index for index, stage in enumerate(stages) if isinstance(stage, Train))
         train = stages[last]
         assert isinstance(train, Train)
@@ -142,7 +147,13 @@ class Recipe:
             for name, option in self.paradigm.entry.options.items()
             if option.is_length
         }
-        return check_plan(self.paradigm(self, **lengths), self.paradigm.name)
+        try:
+            plan = self.paradigm(self, **lengths)
+        except UserError:
+            raise
+        except Exception as error:  # a user's function may raise anything
+            raise UserError(f"paradigm '{self.paradigm.name}' cannot make a plan: {type(error).__name__}: {error}") from error
+        return check_plan(plan, self.paradigm.name)
 
 
 def _plain(value: Any) -> Any:

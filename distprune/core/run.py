@@ -3,6 +3,7 @@
 import functools
 import json
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -13,7 +14,9 @@ from distprune.core.lengths import to_steps
 from distprune.core.metrics import layer_flops
 from distprune.core.plan import Plan
 from distprune.core.recipe import Recipe
-from distprune.core.registry import Choice
+from distprune.core.registry import WEIGHT, Choice
+from distprune.core.scoring import Probe, unit_scores
+from distprune.core.stages import Prune, Train
 from distprune.core.state import State
 from distprune.core.task import Task
 from distprune.errors import UserError
@@ -52,7 +55,22 @@ def prepare(recipe: Recipe, *, device: torch.device | str = "cpu", report_every:
         precision=recipe.precision,
         flops=_flops(state, task),
     )
-    return Run(recipe=recipe, plan=recipe.plan(per_epoch), state=state, env=env)
+    plan = recipe.plan(per_epoch)
+    _check_budgets(plan, state, env)
+    return Run(recipe=recipe, plan=plan, state=state, env=env)
+
+
+def _check_budgets(plan: Plan, state: State, env: Env) -> None:
+    """Raise UserError for units that the network does not have and budgets that cannot be met, before anything is trained."""
+    chosen = [stage for stage in plan.stages if isinstance(stage, Prune)]
+    hooks = [hook for stage in plan.stages if isinstance(stage, Train) for hook in stage.hooks]
+    steps: list[Any] = [*chosen, *(hook for hook in hooks if hasattr(hook, "sparsity"))]
+    for step in steps:
+        units = state.units(getattr(step, "granularity", WEIGHT), env.task.example)
+        units.check(step.sparsity)
+        criterion = getattr(step, "criterion", None)
+        if criterion is not None and criterion.entry.facts["of_units"] and not criterion.entry.facts["passes"]:
+            unit_scores(Probe(state.model, env.task, state.masks, seed=0, draw=(), batch_size=1, units=units), criterion)
 
 
 def _flops(state: State, task: Task) -> dict[str, int]:

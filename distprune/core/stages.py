@@ -69,6 +69,12 @@ class Train(Stage):
             return state.ledger.cost + int(self.config.batch_size) <= self.spend
         return state.clock < self.until
 
+    def horizon(self, state: "State") -> int:
+        """The step at which the learning rate has come to its end."""
+        if self.spend is not None:
+            return state.clock + (self.spend - state.ledger.cost) // int(self.config.batch_size)
+        return int(self.config.length)
+
     @property
     def may_end_early(self) -> bool:
         """Whether `until` is only the most."""

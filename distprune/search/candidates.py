@@ -37,6 +37,8 @@ def read_axis(table: Table, value: Any, where: str) -> list[Candidate]:
         raise UserError(f"{where} must be a list of names, got {value!r}. Leave it out to search all: {', '.join(table.names())}.")
     found: list[Candidate] = []
     for item in value:
+        if not isinstance(item, str | Mapping):
+            raise UserError(f"{where} must be a list of names, got {item!r} in it. Known: {', '.join(table.names())}.")
         options = {key: item[key] for key in item if key not in ("name", "import")} if isinstance(item, Mapping) else {}
         head = {key: item[key] for key in item if key in ("name", "import")} if isinstance(item, Mapping) else item
         entry = table.get(_name(head, where))

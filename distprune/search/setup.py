@@ -45,9 +45,9 @@ def set_up(search: Search) -> Setup:
         return [layer.name for layer in dense.state.units(granularity, dense.env.task.example).layers()]
 
     space = Space(search.recipe, search.space, seed=search.seed, layers=layers)
-    for candidate in space.axes["granularity"]:
-        if fixed_sparsity(candidate.choice) is None:
-            dense.state.units(candidate.choice, dense.env.task.example).check(space.highest)
+    for granularity in space.granularities:
+        if fixed_sparsity(granularity) is None:
+            dense.state.units(granularity, dense.env.task.example).check(space.highest)
     per_epoch = dense.env.task.steps_per_epoch(dense.recipe.train.batch_size)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))

@@ -56,6 +56,12 @@ class Space:
         self.axes = {axis: read_axis(registry.TABLES[axis], space.get(axis, own.get(axis)), f"space.{axis}") for axis in ORDER}
         if "optimizer" not in space:
             self.axes["optimizer"] = [replace(only, searched={}) for only in self.axes["optimizer"]]
+        for candidate in self.axes["granularity"]:
+            if candidate.searched:
+                raise UserError(
+                    f"space.granularity.{candidate.name}.{min(candidate.searched)} must be one value: the sparsity depends on it. "
+                    "List the granularity once for each."
+                )
         self.sparsities = read_sparsities(space.get("sparsity", [0.5, 0.98]))
         self.excluded: list[str] = []  # what is never proposed, and why
         self._legal: dict[_Labels, list[Candidate]] = {}  # labels of the axes chosen so far -> candidates of the next
@@ -68,6 +74,12 @@ class Space:
         self.axes["paradigm"] = [paradigm for paradigm in self.axes["paradigm"] if (paradigm.label,) in self._legal]
         if not self.axes["paradigm"]:
             raise UserError(f"space: no paradigm is legal. {self.excluded[0]}")
+
+    @property
+    def granularities(self) -> list[Choice]:
+        """Those that a recipe may have."""
+        legal = {c.label for paradigm in self.axes["paradigm"] for c in self._legal[(paradigm.label,)] if c in self.axes["granularity"]}
+        return [candidate.choice for candidate in self.axes["granularity"] if candidate.label in legal]
 
     @property
     def highest(self) -> float:

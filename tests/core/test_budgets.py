@@ -11,6 +11,7 @@ from distprune.core import registry
 from distprune.core.budgets import Layer, allocate, check_sparsity, kept_for, layers_of, top_masks
 from distprune.core.masks import Masks
 from distprune.core.registry import Choice
+from distprune.core.units import Weights
 from distprune.errors import UserError
 
 SHAPES = {"conv": (4, 1, 3, 3), "tiny": (2, 3), "wide": (50, 40), "head": (10, 50)}
@@ -118,6 +119,28 @@ def test_ties_go_to_the_lower_index_and_never_keep_too_many() -> None:
 def test_scores_that_are_not_finite_are_refused() -> None:
     with pytest.raises(UserError, match="Scores of 'a' must be finite"):
         top_masks({"a": torch.tensor([1.0, math.nan])}, {"a": 1})
+
+
+@pytest.mark.parametrize("name", registry.allocator.names())
+def test_scores_that_are_not_finite_are_refused_whatever_the_allocator(name: str) -> None:
+    scores = {"a": torch.tensor([1.0, math.nan, 2.0]), "b": torch.tensor([1.0, 2.0, 3.0])}
+    options = {"shares": {"a": 1.0}} if name == "per_layer" else {}
+    units = Weights(scores)
+    with pytest.raises(UserError, match="Scores of 'a' must be finite"):
+        units.choose(scores, 0.5, registry.allocator.choose(name, **options), None)
+
+
+def test_lamp_does_not_see_removed_units() -> None:
+    scores, alive = torch.tensor([-3.0, -1.0, 2.0]), torch.ones(3, dtype=torch.bool)
+    more = torch.cat([scores, torch.zeros(5)]), torch.cat([alive, torch.zeros(5, dtype=torch.bool)])
+    other = torch.tensor([0.05, 0.1, 1.0])
+    for kept in range(2, 6):
+        few = allocate(registry.allocator.choose("lamp"), layers_of({"a": (3,), "b": (3,)}), kept, {"a": scores, "b": other})
+        masks = {"a": more[1], "b": alive}
+        many = allocate(
+            registry.allocator.choose("lamp"), layers_of({"a": (8,), "b": (3,)}, masks), kept, {"a": more[0], "b": other}, masks
+        )
+        assert few == many
 
 
 def test_every_weight_is_a_unit_by_default() -> None:

@@ -75,6 +75,18 @@ def test_what_does_not_fit_says_so() -> None:
         type(recipe()).read({**value, "train": {**BASE["train"], "length": "2ep"}}).plan(10)
 
 
+def test_what_an_early_end_leaves_is_trained_on_a_schedule_of_its_own_length() -> None:
+    run = ready({"name": "early_bird", "every": "2it", "near": 1.0, "until": "50%"}, equal_cost=True, train={"length": "10ep"})
+    last = [stage for stage in run.plan.stages if isinstance(stage, Train)][-1]
+    horizons = {last.horizon(run.state) for report in execute(run.plan, run.state, run.env) if run.plan.stages[-1] is last and report.lap}
+    assert horizons == {run.state.clock} and run.state.clock > last.config.length, "the rate ends where the training does"
+
+
+def test_equal_cost_needs_a_training_and_says_what_else_is_wrong_as_it_is() -> None:
+    with pytest.raises(UserError, match=r"paradigm.begin < paradigm.end <= train.length must hold"):
+        ready({"name": "gradual", "begin": "50%", "end": "10%"}, equal_cost=True)
+
+
 def test_the_bill_is_known_at_every_report() -> None:
     run = ready("gradual", criterion="snip", report_every="7it")
     bills = [(report.cost, report.flops) for report in execute(run.plan, run.state, run.env)]

@@ -194,7 +194,41 @@ def test_prune_takes_a_granularity() -> None:
     with pytest.raises(UserError, match="allows one sparsity only, 0.5"):
         prune(model, sparsity=0.7, granularity="n_m", allocator="uniform")
     with pytest.raises(UserError, match="decides itself what each layer keeps, so allocator must be uniform, got 'global'"):
-        prune(model, sparsity=0.5, granularity="n_m")
+        prune(model, sparsity=0.5, granularity="n_m", allocator="global")
+    assert prune(model, sparsity=0.5, granularity="n_m").sparsity >= 0.5, "left out, the allocator is the one that it asks for"
+    for n, m in ((2, 0), (5, 4), (0, 4)):
+        with pytest.raises(UserError, match="granularity.n must be at least 1 and below granularity.m"):
+            prune(model, sparsity=0.5, granularity={"name": "n_m", "n": n, "m": m})
+
+
+class Branches(torch.nn.Module):
+    """Two parallel branches, either of which can go, but not both."""
+
+    def __init__(self, first: int, second: int) -> None:
+        super().__init__()
+        self.a = torch.nn.Sequential(torch.nn.Linear(4, first), torch.nn.ReLU(), torch.nn.Linear(first, 4))
+        self.b = torch.nn.Sequential(torch.nn.Linear(4, second), torch.nn.ReLU(), torch.nn.Linear(second, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.a(x) + self.b(x)
+
+
+@pytest.mark.parametrize("widths", [(2, 30), (30, 2)])
+def test_a_small_block_does_not_keep_a_large_one_in_place(widths: tuple[int, int]) -> None:
+    model = Branches(*widths)
+    small = model.a if widths[0] < widths[1] else model.b
+    with torch.no_grad():
+        for parameter in small.parameters():
+            parameter.mul_(1e-3)  # by its score it goes first
+    batches = [(torch.ones(1, 4), torch.tensor([0]))]
+    masks = prune(model, sparsity=0.5, granularity="layer", batches=batches)
+    assert masks.kept == sum(weight.numel() for weight in small.parameters() if weight.dim() > 1)
+    torch.testing.assert_close(shrink(model, masks, batches[0][0])(batches[0][0]), masks.apply_(model)(batches[0][0]))
+
+
+def test_pattern_of_a_transposed_convolution_is_along_its_inputs() -> None:
+    model = torch.nn.ConvTranspose2d(8, 4, 1, bias=False)
+    assert bool((prune(model, sparsity=0.5, granularity="n_m")["weight"].sum(0) == 4).all())
 
 
 def test_shrink_takes_removed_channels_out_and_computes_the_same() -> None:

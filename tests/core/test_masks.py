@@ -96,3 +96,17 @@ def test_layer_collapse_is_about_paths_not_about_counts() -> None:
     whole = Masks({"0.weight": first, "2.weight": torch.tensor([[True, False]])})
     assert collapsed(model, broken, torch.ones(1, 2)) == ["0.weight", "2.weight"]
     assert collapsed(model, whole, torch.ones(1, 2)) == []
+
+
+def test_scales_and_root_mean_square_norms_pass_the_signal_on() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.inner, self.head = nn.RMSNorm(3), nn.Linear(3, 3), nn.Linear(3, 2)
+            self.scale = nn.Parameter(torch.full((3,), 1e-6))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(x + self.scale * self.inner(self.norm(x)))
+
+    model = Scaled()
+    assert collapsed(model, Masks.ones(prunable(model)), torch.ones(1, 3)) == []

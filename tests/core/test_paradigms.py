@@ -128,3 +128,16 @@ def test_every_plan_has_distinct_keys_but_for_snapshots() -> None:
     plan = ready("lth").plan
     found = keys("root", plan)
     assert len(set(found)) == len(found) - sum(stage.writes is not None for stage in plan.stages)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sparsity": 0.9999}, "The largest feasible sparsity is"),
+        ({"granularity": "layer", "allocator": "global"}, "granularity 'layer' needs layers that a signal can go around"),
+        ({"granularity": "filter", "criterion": "slimming", "sparsity": 0.3}, "those of '6.weight' go through none"),
+    ],
+)
+def test_what_cannot_be_pruned_is_said_before_anything_is_trained(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        ready("finetune", **changes)

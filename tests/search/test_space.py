@@ -92,6 +92,15 @@ def test_sparsities_that_make_no_sense(value: Any, message: str) -> None:
         Space(BASE, {"sparsity": value}, seed=0)
 
 
+def test_mistakes_are_one_line() -> None:
+    with pytest.raises(UserError, match=r"space.granularity.n_m.n must be one value: the sparsity depends on it"):
+        Space(BASE, {"granularity": [{"name": "n_m", "n": [1, 2]}]}, seed=0)
+    with pytest.raises(UserError, match=r"space.granularity must be a list of names, got 5 in it"):
+        Space(BASE, {"granularity": [5]}, seed=0)
+    only = Space(BASE, {"paradigm": ["rigl"], "granularity": ["weight", "layer"]}, seed=0)
+    assert [granularity.name for granularity in only.granularities] == ["weight"]
+
+
 def test_shares_are_searched_for_what_the_granularity_budgets() -> None:
     space = Space(BASE, {"allocator": ["per_layer"], "paradigm": ["finetune"]}, seed=0, layers=lambda granularity: [granularity.name, "b"])
     (recipe,) = _drawn(space, 1)

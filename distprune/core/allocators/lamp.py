@@ -21,9 +21,8 @@ def lamp(layers: Sequence[Layer], kept: int, scores: Mapping[str, Tensor] | None
 
 def _lamp(scores: Tensor, alive: Tensor | None) -> Tensor:
     flat = scores.detach().flatten().double()
-    if alive is not None:
-        flat = flat * alive.flatten()
-    squared = (flat - flat.min().clamp(max=0)).square()
+    live = torch.ones_like(flat, dtype=torch.bool) if alive is None else alive.flatten()
+    squared = (flat - flat[live].min().clamp(max=0)).square() * live
     ascending, order = torch.sort(squared, stable=True)
     tail = ascending.flip(0).cumsum(0).flip(0)
     return torch.empty_like(squared).scatter_(0, order, ascending / tail.clamp_min(1e-300)).view(scores.shape)

@@ -1,6 +1,8 @@
 """Whole layers and blocks."""
 
+import math
 from collections.abc import Mapping
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -77,9 +79,18 @@ class Blocks(Units):
     def weights(self, counts: Mapping[str, int]) -> int:
         raise NotImplementedError("blocks are of different sizes: a number of them has no number of weights")
 
+    @cached_property
+    def _least(self) -> int:
+        """The fewest weights that can be kept: blocks are removed in order and the largest first, as one may stand in another's way."""
+        orders = (torch.zeros(len(self.blocks)), self._largest_first)
+        return min(self._masks(self._removed(order, 0, None)).kept for order in orders)
+
+    @property
+    def _largest_first(self) -> Tensor:
+        return -torch.tensor([float(sum(math.prod(self.shapes[name]) for name in block)) for block in self.blocks])
+
     def check(self, sparsity: float) -> None:
-        scores = torch.zeros(len(self.blocks))
-        least = self._masks(self._removed(scores, 0, None)).kept
+        least = self._least
         if budget(sparsity, self.total) < least:
             raise UserError(
                 f"sparsity must leave the layers that the network cannot do without, got {sparsity} of {self.total:,} weights. "
@@ -87,12 +98,23 @@ class Blocks(Units):
             )
 
     def choose(self, scores: Mapping[str, Tensor], sparsity: float, allocator: Choice, masks: Masks | None) -> Masks:
-        """Remove the blocks of the lowest score until the budget is met, passing over one without which no signal would get through."""
+        """Remove the blocks of the lowest score until the budget is met, passing over one without which no signal would get through.
+
+        Where that ends above the budget, because small blocks that went first keep a large one in place, the largest go first.
+        """
         self.check(sparsity)
         if not bool(torch.isfinite(scores[_NAME]).all()):
             raise UserError("Scores of layers must be finite, got NaN or infinity. Score in float64, or check the loss and the weights.")
         alive = self.alive(masks)[_NAME] if masks is not None else None
-        return self._masks(self._removed(scores[_NAME], budget(sparsity, self.total), alive))
+        target = budget(sparsity, self.total)
+        for order in (scores[_NAME], self._largest_first):
+            found = self._masks(self._removed(order, target, alive))
+            if found.kept <= target:
+                return found
+        raise UserError(
+            f"sparsity {sparsity} cannot be reached from the blocks that are left: without another one no signal would get through. "
+            "Ask for less, or for fewer rounds."
+        )
 
     def _removed(self, scores: Tensor, target: int, alive: Tensor | None) -> tuple[str, ...]:
         """Names of the layers to remove so that at most `target` weights are kept, or as few as can be."""

@@ -1,11 +1,12 @@
 """n of every m: the pattern that sparse tensor cores take."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from distprune.core.budgets import check_finite
 from distprune.core.masks import Masks
 from distprune.core.registry import Choice, granularity
 from distprune.core.units import Network, Weights
@@ -15,7 +16,7 @@ from distprune.errors import UserError
 @granularity(
     "n_m",
     paper="Mishra et al. 2021, arXiv:2104.08378; Zhou et al. 2021, arXiv:2102.04010",
-    sparsity=lambda choice: 1 - choice.option("n") / choice.option("m"),
+    sparsity=lambda choice: _sparsity(choice.option("n"), choice.option("m")),
     allocator="uniform",
 )
 def n_m(network: Network, *, n: int = 2, m: int = 4) -> "Pattern":
@@ -24,17 +25,25 @@ def n_m(network: Network, *, n: int = 2, m: int = 4) -> "Pattern":
     Rows whose length m does not divide end in a shorter piece of r, which keeps n * r / m of them, rounded down; a row shorter than m at
     least one. On the way to its target a schedule passes through n' of m with n' > n.
     """
+    _sparsity(n, m)
+    transposed = {id(module.weight) for module in network.model.modules() if isinstance(module, nn.modules.conv._ConvTransposeNd)}
+    inputs_first = {name for name, weight in network.weights.items() if id(weight) in transposed}
+    return Pattern(network.weights, n, m, inputs_first=inputs_first)
+
+
+def _sparsity(n: int, m: int) -> float:
     if not 1 <= n < m:
         raise UserError(f"granularity.n must be at least 1 and below granularity.m, got {n} and {m}. Write n: 2 and m: 4.")
-    return Pattern(network.weights, n, m)
+    return 1 - n / m
 
 
 class Pattern(Weights):
     """Weights that are kept in a pattern: the scores say which, the pattern how many."""
 
-    def __init__(self, weights: Mapping[str, Tensor], n: int, m: int) -> None:
+    def __init__(self, weights: Mapping[str, Tensor], n: int, m: int, *, inputs_first: Collection[str] = ()) -> None:
+        """`inputs_first` names the weights of shape [in, out, ...]: those of transposed convolutions."""
         super().__init__(weights)
-        self.n, self.m = n, m
+        self.n, self.m, self._inputs_first = n, m, inputs_first
 
     def check(self, sparsity: float) -> None:
         if sparsity > 1 - self.n / self.m + 1e-6:
@@ -47,11 +56,18 @@ class Pattern(Weights):
         """n' of m, with the largest n' that `sparsity` allows and at least n."""
         self.check(sparsity)
         n = max(self.n, math.floor((1 - sparsity) * self.m + 1e-6))
-        return Masks({name: self._pattern(score, n, masks[name] if masks is not None else None) for name, score in scores.items()})
+        check_finite(scores)
+        found = {}
+        for name, score in scores.items():
+            alive = masks[name] if masks is not None else None
+            if name in self._inputs_first:
+                mask = self._pattern(score.transpose(0, 1), n, None if alive is None else alive.transpose(0, 1)).transpose(0, 1)
+                found[name] = mask.contiguous()
+            else:
+                found[name] = self._pattern(score, n, alive)
+        return Masks(found)
 
     def _pattern(self, scores: Tensor, n: int, alive: Tensor | None) -> Tensor:
-        if not bool(torch.isfinite(scores).all()):
-            raise UserError("Scores must be finite, got NaN or infinity. Score in float64, or check the loss and the weights.")
         moved = scores.detach().double()
         if alive is not None:
             moved = moved.masked_fill(~alive, -math.inf)

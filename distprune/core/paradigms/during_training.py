@@ -42,7 +42,7 @@ def gradual(
     hook = Gradual(
         begin=max(begin, 1),
         end_at=end,
-        every=max((end - begin) // updates, 1),
+        every=-(-(end - begin) // updates),
         sparsity=recipe.sparsity,
         criterion=recipe.criterion,
         allocator=recipe.allocator,

@@ -129,7 +129,7 @@ def _span(recipe: Recipe, share: float, end: int, updates: int) -> _Span:
     check_span(0, end, recipe.train.length, updates)
     if not 0 < share < 1:
         raise UserError(f"paradigm.share must be in (0, 1), got {share}. To move a third of the kept weights write 0.3.")
-    every = max(end // updates, 1)
+    every = -(-end // updates)  # at most that many
     end_at = max(end - (end == recipe.train.length), 1)  # what is grown last is trained for a step at least
     return {"begin": min(every, end_at), "end_at": end_at, "every": every}
 

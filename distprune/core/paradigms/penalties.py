@@ -88,7 +88,7 @@ def admm(
     hook = Admm(
         rho=rho,
         growth=growth ** (1 / updates),
-        every=max(solve // updates, 1),
+        every=-(-solve // updates),
         sparsity=recipe.sparsity,
         allocator=recipe.allocator,
         granularity=recipe.granularity,

@@ -29,6 +29,8 @@ FACTS: dict[str, Any] = {
 
 
 def _select(recipe: Recipe, hook: Selection, *, rate: float, weight_decay: float) -> Plan:
+    if not rate > 0:
+        raise UserError(f"paradigm.rate must be above 0, got {rate}. Leave it out for the paper's.")
     optimizer = registry.optimizer.choose("sgd", lr=rate, momentum=0.9, weight_decay=weight_decay, nesterov=False)
     config = replace(recipe.train, optimizer=optimizer)
     return Plan([Train(config=config, until=recipe.train.length, hooks=(hook,), train="scores")])
