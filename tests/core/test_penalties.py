@@ -126,7 +126,7 @@ def test_slimming_removes_the_channels_of_the_smallest_scales() -> None:
 
 
 def test_slimming_without_batch_normalisation_is_refused() -> None:
-    with pytest.raises(UserError, match="needs channels that go through batch normalisation.*paradigm ssl"):
+    with pytest.raises(UserError, match="those of '.*' go through none. Choose taylor_gates .* ssl"):
         finish(ready("slimming", **{**CHANNELS, "model": {**MODEL, "norm": False}}))
 
 

@@ -23,7 +23,7 @@ def slimming(probe: Probe) -> dict[str, Tensor]:
         if not scales:
             raise UserError(
                 f"criterion 'slimming' ranks channels by the scales of their batch normalisation, and those of '{group.name}' go through "
-                f"none. Choose taylor_gates, taylor or magnitude, or a network with batch norm behind every layer."
+                f"none. Choose taylor_gates or magnitude, for paradigm slimming ssl, or a network with batch norm behind every layer."
             )
         scores[group.name] = torch.stack(scales).mean(0)
     return scores

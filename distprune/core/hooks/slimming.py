@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from distprune.core.hooks.hook import Hook, Memory
 from distprune.core.registry import Choice
-from distprune.errors import UserError
 
 if TYPE_CHECKING:
     from distprune.core.executor import Env
@@ -28,13 +27,7 @@ class Slimming(Hook):
 
     @torch.no_grad()
     def start(self, memory: Memory, state: "State", env: "Env") -> None:
-        found = self._scales(state, env)
-        if not found:
-            raise UserError(
-                "Network slimming needs channels that go through batch normalisation, whose scales it ranks; this network has none. "
-                "Take a network with it, or paradigm ssl, whose penalty is on the weights of whole filters."
-            )
-        for gamma, index in found:
+        for gamma, index in self._scales(state, env):
             gamma[index] = self.scale
 
     @torch.no_grad()
