@@ -102,6 +102,9 @@ def recipe(paradigm: Any = "at_init", sparsity: float | None = None, **changes: 
     """A recipe on the toys, at 0.9 unless the paradigm's SETTINGS say otherwise; `train` is merged."""
     settings = SETTINGS.get(paradigm, {}) if isinstance(paradigm, str) else {}
     train = {**BASE["train"], **changes.pop("train", {})}
+    facts = registry.paradigm.read(paradigm, "paradigm").entry.facts
+    if not facts["trains"] or (facts["grows"] and changes.get("regularizer") == "growing_l2"):
+        changes.pop("regularizer", None)  # not legal
     wanted = {} if sparsity is None else {"sparsity": sparsity}
     return Recipe.read({**BASE, "paradigm": paradigm, "sparsity": 0.9, "allocator": "erk", **settings, **wanted, **changes, "train": train})
 

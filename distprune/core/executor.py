@@ -25,7 +25,9 @@ class Env:
     device: torch.device
     report_every: int  # steps between reports within a Train
     precision: str = "fp32"
-    flops: Mapping[str, int] = field(default_factory=dict)  # of a forward pass of one sample in each prunable layer, dense
+    flops: Mapping[str, int] = field(
+        default_factory=dict
+    )  # of a forward pass of one sample in each prunable layer of the network as it was built, dense
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The context of forward passes."""
@@ -104,7 +106,7 @@ def _report(state: State, env: Env, *, final: bool) -> Report:
         clock=state.clock,
         lap=state.lap,
         metrics=metrics,
-        sparsity=state.masks.sparsity,
+        sparsity=state.sparsity,
         kept=state.masks.kept,
         cost=state.ledger.cost,
         flops=state.ledger.flops,

@@ -1,8 +1,8 @@
 """Which choices make sense together (section 1.4 of the framework: Wang et al. 2022, arXiv:2103.06460).
 
 Rules over names are checked when a recipe is read, rules over stages when its plan is made; so a user's own paradigm is held to them too.
-Each rule blames the later of the axes that it is about, in the order paradigm, granularity, criterion, allocator, sparsity: a search that
-chooses in this order never has to take a choice back.
+Each rule blames the later of the axes that it is about, in the order paradigm, granularity, criterion, allocator, regularizer, sparsity: a
+search that chooses in this order never has to take a choice back.
 """
 
 from typing import TYPE_CHECKING
@@ -20,7 +20,7 @@ def violations(recipe: "Recipe") -> dict[str, str]:
     """Why a recipe makes no sense: field to blame -> one line; empty if it does."""
     facts = recipe.paradigm.entry.facts
     uses = facts["uses"]
-    found = {} if "sparsity" in uses else _prunes_nothing(recipe)
+    found = _penalty(recipe) | ({} if "sparsity" in uses else _prunes_nothing(recipe))
     if "sparsity" not in uses:
         return found
     name = recipe.paradigm.name
@@ -116,6 +116,21 @@ def _check_untrained(plan: Plan, name: str) -> None:
                 f"paradigm '{name}' trains nothing, so its criterion must look at data, got '{stage.criterion.name}'. "
                 "Take snip or grasp, random as a control, or learned scores: supermask or edge_popup."
             )
+
+
+def _penalty(recipe: "Recipe") -> dict[str, str]:
+    facts, penalty = recipe.paradigm.entry.facts, recipe.regularizer
+    if not facts["trains"] and penalty.name != "none":
+        return {
+            "regularizer": f"regularizer '{penalty.name}' draws weights, and paradigm '{recipe.paradigm.name}' leaves them frozen. "
+            "Write regularizer: none."
+        }
+    if facts["grows"] and penalty.entry.facts["grows"]:
+        return {
+            "regularizer": f"regularizer '{penalty.name}' grows a penalty on all weights, on top of the one that paradigm "
+            f"'{recipe.paradigm.name}' grows on those it removes. Choose none, l2 or l1."
+        }
+    return {}
 
 
 def _prunes_nothing(recipe: "Recipe") -> dict[str, str]:

@@ -54,7 +54,7 @@ def train(stage: "Train", state: "State", env: "Env") -> Iterator[None]:
         losses.append(loss.detach())
         if device.type == "cpu" or len(losses) == _CHECK_EVERY:
             _check_finite(losses, state)
-        state.bill("training", task.samples(batch), env.flops)
+        state.bill("training", task.samples(batch), task.example)
 
         for hook, memory in hooks:
             hook.grad(memory, state, env)

@@ -32,7 +32,7 @@ def project(state: State, recipe: Recipe, plan: Plan, env: Env, *, recovery: int
     with torch.random.fork_rng(devices):
         if state.entered:
             plan.stages[state.stage].leave(scratch, env)
-        if recipe.sparsity > scratch.masks.sparsity + 1e-9:
+        if recipe.sparsity > scratch.sparsity + 1e-9:
             ahead = [stage for stage in plan.stages if isinstance(stage, Prune) and stage.sparsity == recipe.sparsity]
             for _ in (ahead[-1] if ahead else recipe.prune(recipe.sparsity)).run(scratch, env):
                 pass

@@ -190,11 +190,12 @@ criterion = Table("criterion", "distprune.core.criteria", steps=1, passes=0, red
 granularity = Table("granularity", "distprune.core.granularity", channels=False, sparsity=None, allocator=None)
 WEIGHT = Choice("granularity", "weight")
 allocator = Table("allocator", "distprune.core.allocators", needs_scores=False)
-regularizer = Table("regularizer", "distprune.core.hooks")
+# grows: its strength grows with the steps.
+regularizer = Table("regularizer", "distprune.core.hooks", grows=False)
 # uses: the axes that a paradigm looks at. The row of the survey's table (arXiv 2103.06460) that it fills: branch of the taxonomy, mask:
 # where the mask comes from, values: where the kept values come from, after: what is done to the sparse network.
 # scores: masks come from scores that it makes itself; trains: weights are trained, so optimizer and regularizer matter;
-# granularities: the only legal ones, () for all.
+# grows: it grows a penalty of its own; granularities: the only legal ones, () for all.
 paradigm = Table(
     "paradigm",
     "distprune.core.paradigms",
@@ -205,8 +206,10 @@ paradigm = Table(
     after="",
     scores=False,
     trains=True,
+    grows=False,
     granularities=(),
 )
+# keeps_zeros: a weight at zero with a zero gradient and zeroed memory stays at zero; under others it is masked again after each step.
 optimizer = Table("optimizer", "distprune.core.optimizers", keeps_zeros=False)
 decay = Table("decay", "distprune.core.decays")
 # values_only: options that set initial values and nothing else; an export has its own values.

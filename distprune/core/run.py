@@ -11,7 +11,6 @@ from distprune.core.data.dataset import Dataset
 from distprune.core.executor import Env
 from distprune.core.keys import digest, keys
 from distprune.core.lengths import to_steps
-from distprune.core.metrics import layer_flops
 from distprune.core.plan import Plan
 from distprune.core.recipe import Recipe
 from distprune.core.registry import WEIGHT, Choice
@@ -43,17 +42,17 @@ def prepare(recipe: Recipe, *, device: torch.device | str = "cpu", report_every:
     dataset = load_data(recipe.data)
     task: Task = recipe.task(dataset).to(device)
     per_epoch = task.steps_per_epoch(recipe.train.batch_size)
-    build = functools.partial(build_model, recipe.model, dataset.shape, dataset.classes)
+    build = functools.partial(build_model, recipe.model, task.shape, task.classes)
     untrained = {name: value for name, value in recipe.model.options.items() if name not in recipe.model.entry.facts["values_only"]}
     state = State.new(build, seed=recipe.seed, device=device, include=recipe.include, exclude=recipe.exclude)
     env = Env(
         task=task,
-        build=functools.partial(build_model, replace(recipe.model, options=untrained), dataset.shape, dataset.classes),
+        build=functools.partial(build_model, replace(recipe.model, options=untrained), task.shape, task.classes),
         seed=recipe.seed,
         device=device,
         report_every=max(to_steps(report_every, steps_per_epoch=per_epoch), 1),
         precision=recipe.precision,
-        flops=_flops(state, task),
+        flops=state.layer_flops(task.example),
     )
     plan = recipe.plan(per_epoch)
     _check_budgets(plan, state, env)
@@ -71,13 +70,6 @@ def _check_budgets(plan: Plan, state: State, env: Env) -> None:
         criterion = getattr(step, "criterion", None)
         if criterion is not None and criterion.entry.facts["of_units"] and not criterion.entry.facts["passes"]:
             unit_scores(Probe(state.model, env.task, state.masks, seed=0, draw=(), batch_size=1, units=units), criterion)
-
-
-def _flops(state: State, task: Task) -> dict[str, int]:
-    try:
-        return layer_flops(state.model, task.example(), state.weights)
-    except Exception:  # the forward pass is the user's, and fails where it is trained, with its own words
-        return {}
 
 
 def _device(name: torch.device | str) -> torch.device:

@@ -130,7 +130,7 @@ class Prune(Stage):
             draw=(state.lap, state.clock),
             batch_size=self.batch_size,
         )
-        state.bill("scoring", self.samples(state.clock), env.flops)
+        state.bill("scoring", self.samples(state.clock), env.task.example)
         state.set_masks(masks)
         yield from ()
 
@@ -179,7 +179,7 @@ class SetWeights(Stage):
 
     def run(self, state: "State", env: "Env") -> Iterator[None]:
         POLICIES[self.policy](self, state, env)
-        state.bill("scoring", self.samples(state.clock), env.flops, passes=1)
+        state.bill("scoring", self.samples(state.clock), env.task.example, passes=1)
         state.memory = {}
         state.zero_removed()
         yield from ()
@@ -207,7 +207,7 @@ class Calibrate(Stage):
 
     def run(self, state: "State", env: "Env") -> Iterator[None]:
         calibrate(state, env, self.batches, self.batch_size)
-        state.bill("scoring", self.samples(state.clock), env.flops, passes=1)
+        state.bill("scoring", self.samples(state.clock), env.task.example, passes=1)
         yield from ()
 
     def samples(self, clock: int) -> int:

@@ -1,7 +1,8 @@
 """State: the one mutable object of a run. What outlives a report lives here, and a run goes on from a saved State bit for bit."""
 
+import copy
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -11,14 +12,15 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from distprune.core.edits import structure
 from distprune.core.masks import Masks, prunable
-from distprune.core.metrics import flops
+from distprune.core.metrics import flops, layer_flops
 from distprune.core.registry import Choice
 from distprune.core.streams import global_stream
 from distprune.core.units import Network, Units
 from distprune.errors import UserError
 
-FORMAT = "distprune.state/1"
+FORMAT = "distprune.state/2"
 
 
 TRAINING = 3  # forward passes that a step costs: one forward, two for the gradients of inputs and weights
@@ -48,11 +50,13 @@ class State:
     model: nn.Module
     weights: dict[str, nn.Parameter]  # the prunable ones
     masks: Masks
+    edits: list[structure.Edit] = field(default_factory=list)  # changes of structure since the network was built
     leaves: dict[str, nn.Parameter] = field(default_factory=dict)  # what is trained besides or in place of the weights: learned scores
     memory: dict[str, dict[str, Any]] = field(default_factory=dict)  # parameter or leaf name -> what the optimizer remembers of it
     optimizer: str = ""  # whose memory it is
     slots: dict[str, dict[str, Any]] = field(default_factory=dict)  # hook -> its memory: tensors and plain numbers
     snapshots: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # tag -> parameters and buffers
+    penalties: dict[str, dict[str, float]] = field(default_factory=dict)  # what made them -> weight name -> L2 coefficient
     ledger: Ledger = field(default_factory=Ledger)
     stage: int = 0  # index into the plan
     entered: bool = False  # whether that stage has begun
@@ -78,7 +82,9 @@ class State:
         return cls(model, weights, Masks.ones(weights))
 
     def __post_init__(self) -> None:
+        self.total = self.masks.total  # prunable weights of the network as it was built: sparsity is counted against it
         self._masked: list[tuple[nn.Parameter, Tensor]] = []
+        self._layer_flops: dict[str, int] | None = None
         self._units: dict[str, Units] = {}
         self._refresh()
 
@@ -88,14 +94,29 @@ class State:
         self._flops: tuple[float, float] | None = None  # of a forward pass: dense, and with zeros skipped
         self._masked = [(self.weights[name], mask.to(self.weights[name].dtype)) for name, mask in self.masks.items() if name not in full]
 
-    def bill(self, kind: Literal["training", "scoring"], samples: int, dense: Mapping[str, int], *, passes: int = TRAINING) -> None:
-        """Enter `samples` into the ledger; `dense` is the FLOPs of a forward pass in each layer, and `passes` how many one sample costs."""
+    def layer_flops(self, example: Callable[[], Tensor]) -> dict[str, int]:
+        """FLOPs of a forward pass of one dense sample in each prunable layer; empty for a network that the counter cannot run."""
+        if self._layer_flops is None:
+            try:
+                self._layer_flops = layer_flops(self.model, example(), self.weights)
+            except Exception:  # the forward pass is the user's, and fails where it is trained, with its own words
+                self._layer_flops = {}
+        return self._layer_flops
+
+    def bill(self, kind: Literal["training", "scoring"], samples: int, example: Callable[[], Tensor], *, passes: int = TRAINING) -> None:
+        """Enter `samples` into the ledger; FLOPs are counted on `example`, and a sample costs `passes` forward passes."""
         room = kind if kind == "scoring" else "dense" if self.is_dense else "sparse"
         setattr(self.ledger, room, getattr(self.ledger, room) + samples)
         if self._flops is None:
+            dense = self.layer_flops(example)
             self._flops = (float(sum(dense.values())), flops(dense, self.masks) if dense else 0.0)
         self.ledger.flops += passes * samples * self._flops[0]
         self.ledger.sparse_flops += passes * samples * self._flops[1]
+
+    @property
+    def sparsity(self) -> float:
+        """Share of the prunable weights of the network as it was built that is gone."""
+        return 1 - self.masks.kept / self.total
 
     @property
     def is_dense(self) -> bool:
@@ -108,6 +129,32 @@ class State:
         self.masks = masks
         self._refresh()
         self.zero_removed()
+
+    def edit(self, edit: structure.Edit) -> None:
+        """Change the structure and record it. Where weights vanish, what belonged to them goes too: optimizer memory, slots, snapshots.
+
+        New weights hold what torch draws until they are set, and are all kept.
+        """
+        self._apply(edit)
+        if edit["kind"] != "scale":
+            self.memory, self.slots, self.snapshots = {}, {}, {}
+
+    def fold(self) -> None:
+        """Write scales into the parameters that they multiply, after which the network needs no edit of this kind."""
+        for edit in self.edits:
+            if edit["kind"] == "scale":
+                structure.fold(self.model, edit)
+        self.edits = [edit for edit in self.edits if edit["kind"] != "scale"]
+
+    def _apply(self, edit: structure.Edit) -> None:
+        structure.apply(self.model, edit)
+        self.edits.append(edit)
+        names = self.weights.keys() | structure.created(edit)
+        self.weights = {name: weight for name, weight in prunable(self.model).items() if name in names}
+        kept = {name: mask for name, mask in self.masks.items() if name in self.weights and mask.shape == self.weights[name].shape}
+        self.masks = Masks({**Masks.ones(self.weights), **kept})
+        self._layer_flops, self._units = None, {}
+        self._refresh()
 
     @torch.no_grad()
     def zero_removed(self) -> None:
@@ -150,7 +197,8 @@ class State:
                 tensors |= {f"{room}/{owner}/{key}": value for key, value in values.items() if isinstance(value, Tensor)}
         position = {key: getattr(self, key) for key in ("optimizer", "stage", "entered", "clock", "lap", "reports")}
         on_host = [name for name, tensor in tensors.items() if tensor.device.type == "cpu"]  # step counts of some optimizers
-        tree = {"position": position, "ledger": asdict(self.ledger), "plain": plain, "on_host": on_host, "facts": facts}
+        tree: dict[str, Any] = {"position": position, "ledger": asdict(self.ledger), "plain": plain, "on_host": on_host, "facts": facts}
+        tree |= {"edits": self.edits, "penalties": self.penalties}
         # Tied weights share storage, which safetensors refuses: each name is written as its own copy.
         written = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
         save_file(written, str(path), metadata={"format": FORMAT, "tree": json.dumps(tree)})
@@ -180,9 +228,16 @@ class State:
                 room, _, rest = name.partition("/")
                 rooms[room][rest] = tensor.cpu() if name in on_host and room == "memory" else tensor
             # Checked before anything is copied: a file that does not fit leaves the network as it was.
-            shapes = {name: tensor.shape for name, tensor in self.model.state_dict().items()}
-            if shapes != {name: tensor.shape for name, tensor in rooms["model"].items()} or rooms["masks"].keys() != self.weights.keys():
+            if self.edits:
+                raise ValueError("it was edited, and states are loaded into networks as they are built")
+            edited = copy.deepcopy(self) if tree["edits"] else self
+            for edit in tree["edits"]:
+                edited._apply(edit)
+            shapes = {name: tensor.shape for name, tensor in edited.model.state_dict().items()}
+            if shapes != {name: tensor.shape for name, tensor in rooms["model"].items()} or rooms["masks"].keys() != edited.weights.keys():
                 raise ValueError("it holds another network")
+            for edit in tree["edits"]:
+                self._apply(edit)
             self.model.load_state_dict(rooms["model"])
         except Exception as error:  # a damaged file may fail in safetensors, JSON or torch
             raise UserError(f"{path} is not a readable state of this network: {error}.") from error
@@ -198,7 +253,7 @@ class State:
             self.snapshots.setdefault(tag, {})[key] = tensor
         for key, value in tree["position"].items():
             setattr(self, key, value)
-        self.ledger = Ledger(**tree["ledger"])
+        self.ledger, self.penalties = Ledger(**tree["ledger"]), tree["penalties"]
         self.masks = Masks({name: rooms["masks"][name] for name in self.weights})
         self._refresh()
         return dict(tree["facts"])

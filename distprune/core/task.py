@@ -16,6 +16,16 @@ class Task(ABC):
     objective: str
     direction: Literal["maximize", "minimize"]
 
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of what a network for this task takes."""
+
+    @property
+    @abstractmethod
+    def classes(self) -> int:
+        """How many outputs it has: classes, or channels of an image that it generates."""
+
     @abstractmethod
     def to(self: T, device: torch.device) -> T:
         """Move the data to `device` and return self."""

@@ -13,12 +13,14 @@ import hashlib
 import inspect
 import json
 import runpy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
+from distprune.core.edits.structure import Edit, source
 from distprune.core.masks import Masks
 from distprune.core.registry import Choice
 from distprune.core.run import Run
@@ -48,7 +50,7 @@ def export(run: Run, to: str | Path, facts: dict[str, Any]) -> Path:
     predictions = task.predict(state.model, "test").argmax(1).cpu()
     rows = {"inputs": test.inputs[:count], "labels": test.labels[:count], "predictions": predictions[:count]}
     save_file({name: tensor.cpu().contiguous() for name, tensor in rows.items()}, str(folder / "test.safetensors"))
-    (folder / "model.py").write_text(model_source(run.recipe.model, task.dataset.shape, task.dataset.classes, task))
+    (folder / "model.py").write_text(model_source(run.recipe.model, task, state.edits))
     (folder / "check.py").write_text(CHECK)
     accuracy = (predictions == test.labels.cpu()).double().mean().item()
     layers = {
@@ -59,7 +61,7 @@ def export(run: Run, to: str | Path, facts: dict[str, Any]) -> Path:
         "format": "distprune.export/1",
         **facts,
         "recipe": run.recipe.plain(),
-        "sparsity": state.masks.sparsity,
+        "sparsity": state.sparsity,
         "kept": state.masks.kept,
         "layers": layers,
         "metrics": {
@@ -97,10 +99,10 @@ def _verify(folder: Path, run: Run) -> None:
         raise RuntimeError(f"{folder}/model.py does not predict as the trial does. This is a defect of distprune: please report it.")
 
 
-def model_source(choice: Choice, shape: tuple[int, int, int], classes: int, task: Classification) -> str:
+def model_source(choice: Choice, task: Classification, edits: Sequence[Edit]) -> str:
     """A Python module with `build()` for the network and `prepare()` for its inputs; distprune's own lines are left out."""
     options = {name: value for name, value in choice.options.items() if name not in choice.entry.facts["values_only"]}
-    arguments = f"{shape}, {classes}" + "".join(f", {name}={value!r}" for name, value in options.items())
+    arguments = f"{task.shape}, {task.classes}" + "".join(f", {name}={value!r}" for name, value in options.items())
     if choice.name.startswith("import:"):
         module, _, function = choice.name.removeprefix("import:").partition(":")
         body = f'"""The network of this export: your own `{module}:{function}`, which must be importable."""\n\n'
@@ -111,14 +113,19 @@ def model_source(choice: Choice, shape: tuple[int, int, int], classes: int, task
         body = standalone(inspect.getsource(inspect.getmodule(choice.entry.function)))  # type: ignore[arg-type]
         if "import torch\n" not in body:
             body = body.replace("from torch", "import torch\nfrom torch", 1) if "from torch" in body else "import torch\n" + body
+    made = f"{function}({arguments})"
+    changes = [line for edit in edits for line in source(edit)]
+    lines = "".join(f"    {line}\n" for line in [f"network = {made}", *changes, "return network"] if changes) or f"    return {made}\n"
     mean, std = tuple(task.dataset.mean), tuple(task.dataset.std)
     return (
         f"{body.rstrip()}\n\n\n"
         "def build() -> torch.nn.Module:\n"
         '    """The network that weights.safetensors fits."""\n'
-        f"    return {function}({arguments})\n\n\n"
+        f"{lines}\n\n"
         "def prepare(inputs: torch.Tensor) -> torch.Tensor:\n"
-        '    """Images as bytes, [n, channels, height, width], to what the network takes."""\n'
+        '    """Images as bytes, [n, channels, height, width], to what the network takes; floats are that already."""\n'
+        "    if inputs.is_floating_point():\n"
+        "        return inputs\n"
         f"    scale = 255 * torch.tensor({std}).view(1, -1, 1, 1)\n"
         f"    offset = -255 * torch.tensor({mean}).view(1, -1, 1, 1) / scale\n"
         "    return inputs.float() * (1 / scale) + offset\n"

@@ -136,7 +136,7 @@ class Space:
 
     def _axes(self, paradigm: Candidate) -> list[str]:
         facts = paradigm.choice.entry.facts
-        axes = {"paradigm", *facts["uses"]} | ({"regularizer", "optimizer"} if facts["trains"] else set())
+        axes = {"paradigm", "regularizer", *facts["uses"]} | ({"optimizer"} if facts["trains"] else set())
         if "sparsity" in facts["uses"]:
             axes.add("granularity")  # also where only one is legal
         return [axis for axis in ORDER if axis in axes]
@@ -160,10 +160,11 @@ class Space:
         return bool(legal)
 
     def _problem(self, chosen: list[Candidate], axis: str) -> str | None:
-        if axis in ("regularizer", "optimizer"):
+        if axis == "optimizer":
             return None
         choices = {name: candidate.choice for name, candidate in zip(self._axes(chosen[0]), chosen, strict=False)}
-        fixed = fixed_sparsity(choices["granularity"])
+        prunes = "sparsity" in chosen[0].choice.entry.facts["uses"]
+        fixed = fixed_sparsity(choices["granularity"]) if prunes else 0.0
         sparsity = fixed if fixed is not None else self.highest
         if axis == "granularity" and fixed is not None and not _within(fixed, self.sparsities):
             return f"it allows sparsity {fixed:.6g} only, which space.sparsity does not have. Add it there."

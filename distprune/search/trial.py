@@ -127,6 +127,7 @@ def _row(report: Report, run: Run) -> dict[str, Any]:
             "pid": os.getpid(),
             "layers": masks.counts,
             "params": sum(p.numel() for p in state.model.parameters()) - masks.total + masks.kept,
+            **({"edits": list(state.edits)} if state.edits else {}),
             "ledger": asdict(state.ledger),
             **_diagnosis(run),
         }
@@ -146,13 +147,13 @@ def _row(report: Report, run: Run) -> dict[str, Any]:
 
 def _diagnosis(run: Run) -> dict[str, Any]:
     """FLOPs and collapsed layers; empty for a network that does not run in float64 or under the counter, which fails no trial."""
-    dense, masks = run.env.flops, run.state.masks
+    dense, masks = run.state.layer_flops(run.env.task.example), run.state.masks
     try:
         dead = collapsed(run.state.model, masks, run.env.task.example())
     except Exception:  # the forward pass is the user's
         return {}
     counts = masks.counts  # a layer that was removed as a whole is no accident
-    measured = {"flops": flops(dense, masks), "dense_flops": sum(dense.values())} if dense else {}
+    measured = {"flops": flops(dense, masks), "dense_flops": sum(run.env.flops.values())} if dense else {}
     return {**measured, "collapsed": [name for name in dead if counts[name]]}
 
 

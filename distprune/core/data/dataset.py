@@ -23,7 +23,7 @@ Augment = Literal["none", "shift", "crop_flip"]
 class Split:
     """Images and their classes."""
 
-    inputs: Tensor  # uint8, [n, channels, height, width]
+    inputs: Tensor  # [n, channels, height, width], uint8, or float32 that networks take as it is
     labels: Tensor  # int64, [n]
 
     def __len__(self) -> int:
@@ -61,7 +61,12 @@ def split_off(train: Split, *, validation: float, seed: int, limit: int | None =
 
 
 def statistics(split: Split) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """(mean, std) of each channel, in [0, 1]. From the 256 counts of a channel: exact, and without a float copy of the images."""
+    """(mean, std) of each channel, in [0, 1]; of floats, which are not normalised, (0, 1).
+
+    From the 256 counts of a channel: exact, and without a float copy of the images.
+    """
+    if split.inputs.is_floating_point():
+        return (0.0,) * split.inputs.shape[1], (1.0,) * split.inputs.shape[1]
     values = torch.arange(256, dtype=torch.float64) / 255
     means, stds = [], []
     for channel in split.inputs.unbind(1):

@@ -66,7 +66,7 @@ def l1(*, strength: Annotated[float, LogRange(1e-6, 1e-3)] = 1e-5) -> Hook:
     return Penalty(norm=1, strength=strength)
 
 
-@regularizer("growing_l2", paper="Wang et al. 2021, arXiv:2012.09243: the growth, on all weights")
+@regularizer("growing_l2", paper="Wang et al. 2021, arXiv:2012.09243: the growth, on all weights", grows=True)
 def growing_l2(*, step: Annotated[float, LogRange(1e-6, 1e-4)] = 1e-5, every: int = 10, ceiling: float = 1.0) -> Hook:
     """An L2 penalty that grows by `step` every `every` steps up to `ceiling`."""
     if every < 1:

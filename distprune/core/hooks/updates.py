@@ -53,7 +53,7 @@ class Gradual(Update):
                 draw=(state.lap, state.clock),
                 batch_size=self.batch_size,
             )
-            state.bill("scoring", self.samples_per_update, env.flops)
+            state.bill("scoring", self.samples_per_update, env.task.example)
             state.set_masks(masks)
         return False
 

@@ -35,6 +35,14 @@ class Classification(Task):
         self._order: tuple[tuple[int, int, int], Tensor] | None = None  # the permutation of the latest (seed, lap, epoch)
         self.to(torch.device("cpu"))
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.dataset.shape
+
+    @property
+    def classes(self) -> int:
+        return self.dataset.classes
+
     def to(self, device: torch.device) -> "Classification":
         self._splits = {name: Split(split.inputs.to(device), split.labels.to(device)) for name, split in self._splits.items()}
         scale = torch.tensor([255 * std for std in self.dataset.std], device=device)
@@ -47,7 +55,9 @@ class Classification(Task):
         return max(1, len(self._splits["train"]) // batch_size)  # the short last batch of an epoch is left out
 
     def normalise(self, inputs: Tensor) -> Tensor:
-        """Bytes to floats of mean 0 and variance 1 in each channel."""
+        """Bytes to floats of mean 0 and variance 1 in each channel; floats are taken as they are."""
+        if inputs.is_floating_point():
+            return inputs
         return inputs.float().mul_(self._scale).add_(self._offset)
 
     def batch(self, seed: int, lap: int, clock: int, size: int) -> Batch:

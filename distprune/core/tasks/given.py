@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from distprune.core.task import SplitName, Task
+from distprune.errors import UserError
 
 Batch = tuple[Tensor, Tensor]
 
@@ -19,6 +20,15 @@ class GivenBatches(Task):
 
     def __init__(self, batches: Sequence[Batch], loss: Callable[[Tensor, Tensor], Tensor]) -> None:
         self._batches, self._loss, self._next = batches, loss, 0
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        channels, height, width = [1, 1, 1, *self._batches[0][0].shape[1:]][-3:]
+        return channels, height, width
+
+    @property
+    def classes(self) -> int:
+        raise UserError("A network that is given is not built from a number of classes.")
 
     def to(self, device: torch.device) -> "GivenBatches":
         self._batches = [(inputs.to(device), targets.to(device)) for inputs, targets in self._batches]

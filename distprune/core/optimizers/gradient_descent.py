@@ -1,4 +1,4 @@
-"""Optimizers. `keeps_zeros` says that a weight at zero with a zero gradient and zeroed memory stays at zero; others are masked again."""
+"""Gradient descent with momentum, and Adam."""
 
 from collections.abc import Iterable
 from typing import Annotated
