@@ -91,9 +91,13 @@ BASE: dict[str, Any] = {
 SETTINGS: dict[str, dict[str, Any]] = {
     "dense": {"sparsity": 0.0},
     "lth": {"paradigm": {"name": "lth", "share": 0.7, "rewind_to": "10%"}},
+    "force": {"paradigm": {"name": "force", "steps": 10}},
     "slimming": {"granularity": "filter", "sparsity": 0.3, "model": {"name": "resnet_cifar", "depth": 8, "width": 4}},
     "ssl": {"granularity": "filter", "sparsity": 0.3},
     "soft_filters": {"granularity": "filter", "sparsity": 0.3},
+    "fusion": {"paradigm": {"name": "fusion", "batches": 4}, "sparsity": 0.0},
+    "greg": {"granularity": "filter", "sparsity": 0.3},
+    "sbp_sr": {"model": {"name": "resnet_cifar", "depth": 8, "width": 4}},  # it has branches to scale
 }
 PARADIGMS = registry.paradigm.names()
 

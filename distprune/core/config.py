@@ -7,6 +7,7 @@ import dataclasses
 import typing
 from collections.abc import Mapping
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 from distprune.core import registry
@@ -51,6 +52,8 @@ def read_fields(cls: Any, value: Any, where: str) -> dict[str, Any]:
 
 
 def _read(kind: Any, name: str, value: Any, where: str) -> Any:
+    if isinstance(kind, UnionType) and type(None) in (parts := typing.get_args(kind)) and any(hasattr(part, "read") for part in parts):
+        return None if value is None else _read(parts[0], name, value, where)
     if kind is Choice:
         return registry.TABLES[name].read(value, where)
     if hasattr(kind, "read"):

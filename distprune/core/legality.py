@@ -7,7 +7,8 @@ search that chooses in this order never has to take a choice back.
 
 from typing import TYPE_CHECKING
 
-from distprune.core.plan import Plan
+from distprune.core.edits.fuse import Fuse
+from distprune.core.plan import Plan, Stage
 from distprune.core.registry import Choice
 from distprune.core.stages import Prune, SetWeights, Train
 from distprune.errors import UserError
@@ -63,8 +64,12 @@ def mismatches(criterion: Choice, allocator: Choice, granularity: Choice, sparsi
 def check_plan(plan: Plan, name: str) -> Plan:
     """Return `plan` if its stages make sense in their order. Raises UserError otherwise."""
     written: set[str] = set()
-    trained, regrown, finished = False, False, True
+    trained, regrown, finished, fused = False, False, True, False
     for stage in plan.stages:
+        if isinstance(stage, Fuse):
+            written, fused = set(), True
+        elif fused:
+            _check_fused(stage, written, name)
         if stage.writes:
             written.add(stage.writes)
         if stage.reads and stage.reads not in written:
@@ -89,13 +94,25 @@ def check_plan(plan: Plan, name: str) -> Plan:
                 raise UserError(
                     f"paradigm '{name}' compensates untrained weights: least squares keeps what a trained layer computes. Train first."
                 )
-            finished &= stage.policy not in ("reinit", "shuffle")
+            finished &= stage.policy not in ("reinit", "shuffle", "draw")
     if not finished:
         raise UserError(
             f"paradigm '{name}' ends with weights that were drawn or shuffled anew, which destroys what was selected. Train after it."
         )
     _check_untrained(plan, name)
     return plan
+
+
+def _check_fused(stage: Stage, written: set[str], name: str) -> None:
+    """After a fusion there are other layers: older weights do not fit them, and budgets are of the network as it was built."""
+    if (stage.reads and stage.reads not in written) or (isinstance(stage, SetWeights) and stage.policy == "reinit"):
+        raise UserError(
+            f"paradigm '{name}' rewinds across a fusion, to weights of layers that are gone. Take the Snapshot after Fuse, or fuse last."
+        )
+    if isinstance(stage, Prune) or (isinstance(stage, Train) and any(hasattr(hook, "sparsity") for hook in stage.hooks)):
+        raise UserError(
+            f"paradigm '{name}' prunes after a fusion, and its budget is of the network as it was built. Prune first, or do not fuse."
+        )
 
 
 def converged(criterion: str, paradigm: str) -> str:

@@ -27,7 +27,8 @@ def train(stage: "Train", state: "State", env: "Env") -> Iterator[None]:
     task, config, model = env.task, stage.config, state.model
     weights = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     parameters = weights if stage.train == "weights" else state.leaves
-    optimizer = config.optimizer(list(parameters.values()))
+    samples = (task.steps_per_epoch(1),) if config.optimizer.entry.facts["samples"] else ()
+    optimizer = config.optimizer(list(parameters.values()), *samples)
     if state.optimizer != config.optimizer.name:
         state.optimizer, state.memory = config.optimizer.name, {}
     for name, parameter in parameters.items():  # the optimizer's memory lives in the state

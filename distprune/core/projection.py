@@ -1,14 +1,15 @@
 """The score of an unfinished run: what its network would be worth at its final budget, after a short recovery.
 
 Plain accuracy ranks unfinished runs badly: one that has not pruned yet looks best, one that was just rewound looks dead. So a copy ends
-the stage that it is in, is pruned to the recipe's budget, trained for a few steps under its masks, given fresh batch-norm statistics, and
-measured. Where the recipe learns masks over frozen weights, the copy's weights stay as they are too.
+the stage that it is in, is fused as the plan will do it and pruned to the recipe's budget, trained for a few steps under its masks, given
+fresh batch-norm statistics, and measured. Where the recipe learns masks over frozen weights, the copy's weights stay as they are too.
 """
 
 import copy
 
 import torch
 
+from distprune.core.edits.fuse import Fuse
 from distprune.core.executor import Env
 from distprune.core.plan import Plan
 from distprune.core.recipe import Recipe
@@ -32,6 +33,10 @@ def project(state: State, recipe: Recipe, plan: Plan, env: Env, *, recovery: int
     with torch.random.fork_rng(devices):
         if state.entered:
             plan.stages[state.stage].leave(scratch, env)
+        for stage in plan.stages[state.stage :]:
+            if isinstance(stage, Fuse):
+                for _ in stage.run(scratch, env):
+                    pass
         if recipe.sparsity > scratch.sparsity + 1e-9:
             ahead = [stage for stage in plan.stages if isinstance(stage, Prune) and stage.sparsity == recipe.sparsity]
             for _ in (ahead[-1] if ahead else recipe.prune(recipe.sparsity)).run(scratch, env):

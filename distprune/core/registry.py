@@ -189,7 +189,8 @@ criterion = Table("criterion", "distprune.core.criteria", steps=1, passes=0, red
 # channels: its units are coupled channels; sparsity: of a choice whose pattern allows one sparsity only; allocator: the one that it allows.
 granularity = Table("granularity", "distprune.core.granularity", channels=False, sparsity=None, allocator=None)
 WEIGHT = Choice("granularity", "weight")
-allocator = Table("allocator", "distprune.core.allocators", needs_scores=False)
+# sets_sparsity: its options say what each layer keeps, so a search derives the sparsity from them.
+allocator = Table("allocator", "distprune.core.allocators", needs_scores=False, sets_sparsity=False)
 # grows: its strength grows with the steps.
 regularizer = Table("regularizer", "distprune.core.hooks", grows=False)
 # uses: the axes that a paradigm looks at. The row of the survey's table (arXiv 2103.06460) that it fills: branch of the taxonomy, mask:
@@ -210,9 +211,12 @@ paradigm = Table(
     granularities=(),
 )
 # keeps_zeros: a weight at zero with a zero gradient and zeroed memory stays at zero; under others it is masked again after each step.
-optimizer = Table("optimizer", "distprune.core.optimizers", keeps_zeros=False)
+# samples: it is a sampler, and is given the number of training samples after the parameters.
+optimizer = Table("optimizer", "distprune.core.optimizers", keeps_zeros=False, samples=False)
 decay = Table("decay", "distprune.core.decays")
 # values_only: options that set initial values and nothing else; an export has its own values.
 model = Table("model", "distprune.core.models", values_only=())
 data = Table("data", "distprune.core.data")
+# measured: it is measured on networks, where others are functions of how many weights are kept.
+cost = Table("cost", "distprune.core.costs", measured=False)
 task = Table("task", "distprune.core.tasks")

@@ -2,12 +2,14 @@
 
 import functools
 import json
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from distprune.core.data.dataset import Dataset
+from distprune.core.edits.fuse import check_fusions
 from distprune.core.executor import Env
 from distprune.core.keys import digest, keys
 from distprune.core.lengths import to_steps
@@ -36,8 +38,11 @@ class Run:
         return keys(root_key(self.recipe, self.env.device), self.plan)[-1]
 
 
-def prepare(recipe: Recipe, *, device: torch.device | str = "cpu", report_every: str = "1ep") -> Run:
-    """Load the data, build the network and the plan. Raises UserError for whatever in the recipe cannot be done."""
+def prepare(recipe: Recipe, *, device: torch.device | str = "cpu", report_every: str | None = None) -> Run:
+    """Load the data, build the network and the plan. Raises UserError for whatever in the recipe cannot be done.
+
+    Reports come every `report_every`, a length; by default every epoch, or every few where a training has more than a hundred of them.
+    """
     device = _device(device)
     dataset = load_data(recipe.data)
     task: Task = recipe.task(dataset).to(device)
@@ -50,17 +55,22 @@ def prepare(recipe: Recipe, *, device: torch.device | str = "cpu", report_every:
         build=functools.partial(build_model, replace(recipe.model, options=untrained), task.shape, task.classes),
         seed=recipe.seed,
         device=device,
-        report_every=max(to_steps(report_every, steps_per_epoch=per_epoch), 1),
+        report_every=max(to_steps(report_every or _some_epochs(recipe, per_epoch), steps_per_epoch=per_epoch), 1),
         precision=recipe.precision,
         flops=state.layer_flops(task.example),
     )
     plan = recipe.plan(per_epoch)
-    _check_budgets(plan, state, env)
+    check_fits(plan, state, env)
     return Run(recipe=recipe, plan=plan, state=state, env=env)
 
 
-def _check_budgets(plan: Plan, state: State, env: Env) -> None:
-    """Raise UserError for units that the network does not have and budgets that cannot be met, before anything is trained."""
+def _some_epochs(recipe: Recipe, per_epoch: int) -> str:
+    epochs = to_steps(recipe.train.length, steps_per_epoch=per_epoch) / per_epoch
+    return f"{max(math.ceil(epochs / 100), 1)}ep"
+
+
+def check_fits(plan: Plan, state: State, env: Env) -> None:
+    """Raise UserError for units and pairs that the network does not have and budgets that cannot be met, before anything is trained."""
     chosen = [stage for stage in plan.stages if isinstance(stage, Prune)]
     hooks = [hook for stage in plan.stages if isinstance(stage, Train) for hook in stage.hooks]
     steps: list[Any] = [*chosen, *(hook for hook in hooks if hasattr(hook, "sparsity"))]
@@ -70,6 +80,7 @@ def _check_budgets(plan: Plan, state: State, env: Env) -> None:
         criterion = getattr(step, "criterion", None)
         if criterion is not None and criterion.entry.facts["of_units"] and not criterion.entry.facts["passes"]:
             unit_scores(Probe(state.model, env.task, state.masks, seed=0, draw=(), batch_size=1, units=units), criterion)
+    check_fusions(plan, state, env)
 
 
 def _device(name: torch.device | str) -> torch.device:

@@ -271,6 +271,8 @@ def full_training(run: Run) -> Train:
 
 
 def _check(run: Run, masks: Masks) -> None:
+    if masks.kept == masks.total:
+        raise UserError("There is no mask to check: it keeps every weight. Choose a pruned trial.")
     weights = run.state.weights
     wrong = next((n for n in [*weights, *masks] if n not in masks or n not in weights or masks[n].shape != weights[n].shape), None)
     if wrong is not None:
@@ -278,8 +280,6 @@ def _check(run: Run, masks: Masks) -> None:
         raise UserError(
             f"The masks are of another network: '{wrong}' has a mask {given} and a weight {due}. Give masks together with their own recipe."
         )
-    if masks.kept == masks.total:
-        raise UserError("There is no mask to check: it keeps every weight. Choose a pruned trial.")
 
 
 def _devices(env: Env) -> list[torch.device]:

@@ -139,6 +139,7 @@ class Prune(Stage):
 
     def describe(self) -> str:
         steps = f" in {self.steps} steps" if self.steps > 1 else ""
+        steps += "" if self.nested else " from which weights may return"
         units = "" if self.granularity.name == "weight" else f" of {self.granularity.name}s"
         return f"to sparsity {self.sparsity:.4g} by {self.criterion.name}, {self.allocator.name}{units}{steps}"
 
@@ -165,13 +166,16 @@ class Snapshot(Stage):
 class SetWeights(Stage):
     """Give the kept weights other values, by a policy of `weights.py`. Inheriting them needs no stage.
 
-    `tag` is the snapshot that rewind, sign and compensate read; `batches` of `batch_size` is what compensate looks at.
+    `tag` is the snapshot that rewind, sign, compensate and rescale read; `batches` of `batch_size` is what the last two look at. `sigma_w`
+    (draw, rescale) and `sigma_b` (draw) are the standard deviations of a layer's weights, times the root of its fan-in, and of its biases.
     """
 
-    policy: Literal["rewind", "reinit", "shuffle", "sign", "compensate"]
+    policy: Literal["rewind", "reinit", "shuffle", "sign", "compensate", "draw", "rescale"]
     tag: str = ""
     batches: int = 0
     batch_size: int = 0
+    sigma_w: float = 0.0
+    sigma_b: float = 0.0
 
     @property
     def reads(self) -> str | None:
@@ -194,6 +198,9 @@ class SetWeights(Stage):
             "shuffle": "shuffle the kept weights of each layer",
             "sign": f"give the kept weights the signs they have in '{self.tag}' and one size a layer",
             "compensate": f"fit the kept weights to what the layers of '{self.tag}' compute, on {self.batches} batches",
+            "draw": f"draw weights with sigma_w = {self.sigma_w:.4g} and sigma_b = {self.sigma_b:.4g}",
+            "rescale": "rescale each layer that no normalization follows to "
+            + (f"the signals of '{self.tag}'" if self.tag else f"sigma_w = {self.sigma_w:.4g}"),
         }[self.policy]
 
 

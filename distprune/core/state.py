@@ -131,13 +131,17 @@ class State:
         self.zero_removed()
 
     def edit(self, edit: structure.Edit) -> None:
-        """Change the structure and record it. Where weights vanish, what belonged to them goes too: optimizer memory, slots, snapshots.
+        """Change the structure and record it. New weights hold what torch draws until they are set, and are all kept.
 
-        New weights hold what torch draws until they are set, and are all kept.
+        Where weights vanish, what belonged to them goes too: optimizer memory, slots, snapshots, penalties.
         """
         self._apply(edit)
         if edit["kind"] != "scale":
             self.memory, self.slots, self.snapshots = {}, {}, {}
+            left = self.weights.keys() - structure.created(edit)
+            self.penalties = {
+                key: {name: value for name, value in values.items() if name in left} for key, values in self.penalties.items()
+            }
 
     def fold(self) -> None:
         """Write scales into the parameters that they multiply, after which the network needs no edit of this kind."""
@@ -149,9 +153,10 @@ class State:
     def _apply(self, edit: structure.Edit) -> None:
         structure.apply(self.model, edit)
         self.edits.append(edit)
-        names = self.weights.keys() | structure.created(edit)
+        new = structure.created(edit)
+        names = self.weights.keys() | new
         self.weights = {name: weight for name, weight in prunable(self.model).items() if name in names}
-        kept = {name: mask for name, mask in self.masks.items() if name in self.weights and mask.shape == self.weights[name].shape}
+        kept = {name: mask for name, mask in self.masks.items() if name in self.weights.keys() - new}
         self.masks = Masks({**Masks.ones(self.weights), **kept})
         self._layer_flops, self._units = None, {}
         self._refresh()
@@ -231,13 +236,15 @@ class State:
             if self.edits:
                 raise ValueError("it was edited, and states are loaded into networks as they are built")
             edited = copy.deepcopy(self) if tree["edits"] else self
-            for edit in tree["edits"]:
-                edited._apply(edit)
+            with torch.random.fork_rng([]):  # new layers are drawn, and hold what was saved in the end
+                for edit in tree["edits"]:
+                    edited._apply(edit)
             shapes = {name: tensor.shape for name, tensor in edited.model.state_dict().items()}
             if shapes != {name: tensor.shape for name, tensor in rooms["model"].items()} or rooms["masks"].keys() != edited.weights.keys():
                 raise ValueError("it holds another network")
-            for edit in tree["edits"]:
-                self._apply(edit)
+            with torch.random.fork_rng([]):
+                for edit in tree["edits"]:
+                    self._apply(edit)
             self.model.load_state_dict(rooms["model"])
         except Exception as error:  # a damaged file may fail in safetensors, JSON or torch
             raise UserError(f"{path} is not a readable state of this network: {error}.") from error

@@ -6,6 +6,8 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
+from distprune.errors import UserError
+
 SplitName = Literal["train", "validation", "test"]
 T = TypeVar("T", bound="Task")
 
@@ -53,6 +55,10 @@ class Task(ABC):
     @abstractmethod
     def loss_of(self, outputs: Tensor, batch: Any) -> Tensor:
         """Scalar mean loss of outputs."""
+
+    def nll_of(self, outputs: Tensor, batch: Any) -> Tensor:
+        """Scalar mean of minus the output of each sample's label, with no softmax before it. Raises UserError where there are no labels."""
+        raise UserError("loss 'nll_logits' is minus the output of a sample's label, and this task has no labels. Write loss: task.")
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         """Scalar mean loss of a network on a batch."""

@@ -65,8 +65,12 @@ class Units(ABC):
         """Bool unit values: which units keep a weight."""
 
     @abstractmethod
+    def kept_weights(self, counts: Mapping[str, int]) -> dict[str, int]:
+        """Weight name -> how many are kept where a layer keeps `counts[name]` of its units."""
+
     def weights(self, counts: Mapping[str, int]) -> int:
-        """How many weights are kept where a layer keeps `counts[name]` of its units."""
+        """How many weights are kept in all."""
+        return sum(self.kept_weights(counts).values())
 
     def check(self, sparsity: float) -> None:
         """Raise UserError if `sparsity` would leave a layer without a unit, naming the largest feasible one."""
@@ -122,8 +126,8 @@ class Weights(Units):
     def alive(self, masks: Masks) -> dict[str, Tensor]:
         return dict(masks)
 
-    def weights(self, counts: Mapping[str, int]) -> int:
-        return sum(counts.values())
+    def kept_weights(self, counts: Mapping[str, int]) -> dict[str, int]:
+        return dict(counts)
 
     def choose(self, scores: Mapping[str, Tensor], sparsity: float, allocator: Choice, masks: Masks | None) -> Masks:
         """As many as the budget, exactly."""

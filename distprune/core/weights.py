@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from distprune.core.compensation import compensate
+from distprune.core.initialization import draw, rescale
 from distprune.core.streams import global_stream, stream
 
 if TYPE_CHECKING:
@@ -48,4 +49,6 @@ POLICIES: dict[str, Callable[["SetWeights", "State", "Env"], None]] = {
     "shuffle": shuffle,
     "sign": sign,
     "compensate": compensate,
+    "draw": draw,
+    "rescale": rescale,
 }

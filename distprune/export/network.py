@@ -2,9 +2,9 @@
 
 masks.safetensors     bool masks, with sparsity and the kept weights of each layer in the header
 weights.safetensors   the pruned network's parameters and buffers
-test.safetensors      test images as bytes, their labels, and what the network predicts for them
+test.safetensors      what the network answers: predictions for test images, or the image that it makes out of its input
 model.py              the network as plain torch code
-check.py              loads the four with torch and safetensors alone and compares image for image
+check.py              loads the four with torch and safetensors alone and compares every answer
 manifest.json         recipe, sparsity of each layer, validation and test metrics, versions, sizes and hashes
 """
 
@@ -24,10 +24,10 @@ from distprune.core.edits.structure import Edit, source
 from distprune.core.masks import Masks
 from distprune.core.registry import Choice
 from distprune.core.run import Run
-from distprune.core.tasks.classification import EVALUATION_BATCH, Classification
+from distprune.core.task import Task
 from distprune.errors import UserError
+from distprune.export.kinds import Kind, kind_of
 
-MOST_TEST_BYTES = 64 * 2**20  # of test images: larger test splits are cut, and the manifest says so
 FILES = ("masks.safetensors", "weights.safetensors", "test.safetensors", "model.py", "check.py")
 
 
@@ -41,18 +41,13 @@ def export(run: Run, to: str | Path, facts: dict[str, Any]) -> Path:
         raise UserError(f"The export folder must be empty, {folder} is not. Choose another with --to.")
     folder.mkdir(parents=True, exist_ok=True)
     state, task = run.state, run.env.task
-    assert isinstance(task, Classification)
+    kind = kind_of(task, state.model)
     state.masks.save(folder / "masks.safetensors")
     values = {name: tensor.cpu().contiguous() for name, tensor in state.values().items()}
     save_file(values, str(folder / "weights.safetensors"), metadata={"format": "distprune.weights/1"})
-    test = task.dataset.test
-    count = min(len(test), MOST_TEST_BYTES // max(test.inputs[0].numel(), 1))
-    predictions = task.predict(state.model, "test").argmax(1).cpu()
-    rows = {"inputs": test.inputs[:count], "labels": test.labels[:count], "predictions": predictions[:count]}
-    save_file({name: tensor.cpu().contiguous() for name, tensor in rows.items()}, str(folder / "test.safetensors"))
-    (folder / "model.py").write_text(model_source(run.recipe.model, task, state.edits))
-    (folder / "check.py").write_text(CHECK)
-    accuracy = (predictions == test.labels.cpu()).double().mean().item()
+    save_file({name: tensor.cpu().contiguous() for name, tensor in kind.rows.items()}, str(folder / "test.safetensors"))
+    (folder / "model.py").write_text(model_source(run.recipe.model, task, state.edits, kind))
+    (folder / "check.py").write_text(CHECK.replace("COMPARE\n", kind.compare))
     layers = {
         name: {"shape": list(mask.shape), "kept": kept, "sparsity": 1 - kept / mask.numel()}
         for (name, mask), kept in zip(state.masks.items(), state.masks.counts.values(), strict=True)
@@ -63,15 +58,16 @@ def export(run: Run, to: str | Path, facts: dict[str, Any]) -> Path:
         "recipe": run.recipe.plain(),
         "sparsity": state.sparsity,
         "kept": state.masks.kept,
+        "edits": list(state.edits),
         "layers": layers,
         "metrics": {
             "validation": task.metrics(state.model, "validation"),
-            "test": {"accuracy": accuracy, "images": len(test), "written": count},
+            "test": dict(kind.metrics),
         },
         "files": {name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in _read(folder)},
     }
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
-    _verify(folder, run)
+    _verify(folder, run, kind)
     return folder
 
 
@@ -79,7 +75,7 @@ def _read(folder: Path) -> list[tuple[str, bytes]]:
     return [(name, (folder / name).read_bytes()) for name in FILES]
 
 
-def _verify(folder: Path, run: Run) -> None:
+def _verify(folder: Path, run: Run, kind: Kind) -> None:
     """Raise RuntimeError unless the files hold the run's masks and weights, removed weights are zero, and model.py predicts alike."""
     masks, values = Masks.load(folder / "masks.safetensors"), load_file(folder / "weights.safetensors")
     same = masks.equal(run.state.masks.to("cpu")) and all(
@@ -92,15 +88,13 @@ def _verify(folder: Path, run: Run) -> None:
     network = module["build"]().eval()
     network.load_state_dict(values)
     with torch.no_grad():
-        predictions = network(module["prepare"](test["inputs"][:EVALUATION_BATCH])).argmax(1)
-    # Another device rounds otherwise, and an image on the border of two classes may fall on the other side.
-    differ = int((predictions != test["predictions"][:EVALUATION_BATCH]).sum())
-    if differ > (0 if run.env.device.type == "cpu" else 0.01 * len(predictions)):
+        same = kind.same(module, network, test)
+    if not same:
         raise RuntimeError(f"{folder}/model.py does not predict as the trial does. This is a defect of distprune: please report it.")
 
 
-def model_source(choice: Choice, task: Classification, edits: Sequence[Edit]) -> str:
-    """A Python module with `build()` for the network and `prepare()` for its inputs; distprune's own lines are left out."""
+def model_source(choice: Choice, task: Task, edits: Sequence[Edit], kind: Kind) -> str:
+    """A Python module with `build()` for the network and the functions of its task; distprune's own lines are left out."""
     options = {name: value for name, value in choice.options.items() if name not in choice.entry.facts["values_only"]}
     arguments = f"{task.shape}, {task.classes}" + "".join(f", {name}={value!r}" for name, value in options.items())
     if choice.name.startswith("import:"):
@@ -116,19 +110,12 @@ def model_source(choice: Choice, task: Classification, edits: Sequence[Edit]) ->
     made = f"{function}({arguments})"
     changes = [line for edit in edits for line in source(edit)]
     lines = "".join(f"    {line}\n" for line in [f"network = {made}", *changes, "return network"] if changes) or f"    return {made}\n"
-    mean, std = tuple(task.dataset.mean), tuple(task.dataset.std)
     return (
         f"{body.rstrip()}\n\n\n"
         "def build() -> torch.nn.Module:\n"
         '    """The network that weights.safetensors fits."""\n'
         f"{lines}\n\n"
-        "def prepare(inputs: torch.Tensor) -> torch.Tensor:\n"
-        '    """Images as bytes, [n, channels, height, width], to what the network takes; floats are that already."""\n'
-        "    if inputs.is_floating_point():\n"
-        "        return inputs\n"
-        f"    scale = 255 * torch.tensor({std}).view(1, -1, 1, 1)\n"
-        f"    offset = -255 * torch.tensor({mean}).view(1, -1, 1, 1) / scale\n"
-        "    return inputs.float() * (1 / scale) + offset\n"
+        f"{kind.functions}"
     )
 
 
@@ -144,28 +131,25 @@ def standalone(source: str) -> str:
     return "\n".join(line for number, line in enumerate(source.split("\n"), 1) if number not in drop)
 
 
-CHECK = f'''"""Checks this export with torch and safetensors alone: removed weights are zero, and every prediction is the recorded one."""
+CHECK = '''"""Checks this export with torch and safetensors alone: removed weights are zero, and every answer is the recorded one."""
 
 import json
-import runpy
 from pathlib import Path
 
+import model
 import torch
-from model import build, prepare
 from safetensors.torch import load_file
 
 folder = Path(__file__).parent
-masks, weights, test = (load_file(folder / f"{{name}}.safetensors") for name in ("masks", "weights", "test"))
-network = build().eval()
+masks, weights, test = (load_file(folder / f"{name}.safetensors") for name in ("masks", "weights", "test"))
+network = model.build().eval()
 network.load_state_dict(weights)
 assert not any(weights[name][~mask].any() for name, mask in masks.items()), "a removed weight is not zero"
 with torch.no_grad():
-    predictions = torch.cat([network(prepare(part)).argmax(1) for part in test["inputs"].split({EVALUATION_BATCH})])
-differ = int((predictions != test["predictions"]).sum())
-accuracy = (predictions == test["labels"]).double().mean().item()
+COMPARE
 manifest = json.loads((folder / "manifest.json").read_text())
 kept = sum(int(mask.sum()) for mask in masks.values())
-print(f"test accuracy {{accuracy:.4f}} on {{len(predictions)}} images, {{differ}} predictions differ, {{kept}} weights kept")
+print(f"{line}, {kept} weights kept")
 if differ or kept != manifest["kept"]:
     raise SystemExit("the export does not give the recorded results")
 '''

@@ -10,7 +10,7 @@ from distprune.core.options import REQUIRED, Choices, LogRange, Option, PerLayer
 from distprune.core.registry import Entry, Table
 
 PAGE = "docs/framework.md"
-_AXES = ("criterion", "granularity", "allocator", "regularizer")
+_TABLES = ("criterion", "granularity", "allocator", "regularizer", "task", "model", "optimizer", "sampler")
 _HEAD = """# The framework
 
 Generated from the tables by `python -m distprune.report.framework`; a test compares the two.
@@ -78,9 +78,9 @@ def page() -> str:
         cells = [facts["branch"], f"`{entry.name}`", facts["mask"], facts["values"], facts["after"]]
         cells += [", ".join(facts["granularities"]) or ("any" if "sparsity" in facts["uses"] else ""), entry.paper]
         lines.append(_row(cells))
-    for axis in _AXES:
+    for axis in _TABLES:
         lines += ["", f"## {axis.capitalize()}", "", "| name | what | options | paper |", "|---|---|---|---|"]
-        for entry in registry.TABLES[axis]:
+        for entry in tables()[axis]:
             options = dict(described(entry)).get("options", "")
             lines.append(_row([f"`{entry.name}`", entry.summary, options, entry.paper]))
     return "\n".join(lines) + "\n"

@@ -13,6 +13,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from distprune.core.keys import digest
 from distprune.core.recipe import Recipe
+from distprune.search.config import Budget
 from distprune.search.proposer import Proposer
 from distprune.search.rungs import Rungs, Vector, dominates
 from distprune.search.space import Space
@@ -43,6 +44,7 @@ class Entry:
     told: bool = False
     params: Mapping[str, Any] = field(default_factory=dict)
     duplicates: list[int] = field(default_factory=list)  # trials that wait for this one's result
+    closes: bool = False  # what a policy came to in the end: it is not stopped at a rung
 
     @property
     def cost(self) -> float:
@@ -83,17 +85,19 @@ class Book:
         reports: ReportWriter,
         most_trials: int,
         most_cost: float | None = None,
+        budget: Budget | None = None,
         out_of_time: Callable[[], bool] = lambda: False,
     ) -> None:
         self._space, self._proposer, self.rungs = space, proposer, rungs
         self._truth, self._reports = truth, reports
         self._most_trials, self._most_cost, self._out_of_time = most_trials, most_cost, out_of_time
-        self._covering = space.covering()
+        self._covering, self._budget = space.covering(), budget
         self.entries: list[Entry] = []
         self._requeued: list[int] = []
         self._first_of: dict[str, int] = {}  # recipe identity -> the trial that runs it
         self._cost = 0.0  # billed samples of all trials
-        self.front: dict[int, Vector] = {}  # finished trials that no finished trial dominates
+        self._turns = 0  # trials told so far
+        self.front: dict[int, Vector] = {}  # finished trials within the budget that no other such trial dominates
 
     # What Ray's searcher asks.
 
@@ -115,9 +119,10 @@ class Book:
 
     def _born(self) -> Entry:
         number = len(self.entries)
-        proposal = self._proposer.ask(number, self._covering[number] if number < len(self._covering) else None)
-        entry = Entry(number, proposal.recipe, digest(proposal.recipe), params=proposal.params)
-        attrs = {"recipe": entry.recipe.plain(), "identity": entry.identity}
+        covering = self._covering[number] if number < len(self._covering) else None
+        proposal = self._proposer.ask(number, covering, last=number == self._most_trials - 1)
+        entry = Entry(number, proposal.recipe, digest(proposal.recipe), params=proposal.params, closes=proposal.closes)
+        attrs = {"recipe": entry.recipe.plain(), "identity": entry.identity, **({"closes": True} if entry.closes else {})}
         self._truth.born(number, proposal.params, proposal.distributions, attrs, proposal.system_attrs)
         self.entries.append(entry)
         return entry
@@ -152,14 +157,15 @@ class Book:
             entry.ended = "finished"
             vector = (row["objective"], -float(row["kept"]))
             self.rungs.finished(entry.number, entry.rung, vector)
-            self._enter_front(entry.number, vector)
+            if self._budget is None or _within(self._budget, entry):
+                self._enter_front(entry.number, vector)
             return
         if row["score"] is not None:
             entry.best = max(row["score"], entry.best if entry.best is not None else row["score"])
         if row["rung"] > entry.rung:
             entry.rung = row["rung"]
             assert entry.best is not None, "a report at a rung has a score"
-            if not self.rungs.goes_on(entry.number, entry.rung, (entry.best, -entry.target)):
+            if not self.rungs.goes_on(entry.number, entry.rung, (entry.best, -entry.target)) and not entry.closes:
                 entry.stopped = "rung"
 
     def _enter_front(self, number: int, vector: Vector) -> None:
@@ -177,7 +183,7 @@ class Book:
         if not entry.decided:
             return  # interrupted: it stays RUNNING in the journal and is resumed
         self._reports.flush()
-        ended, state, values, constraints = verdict(entry, len(self.rungs.costs))
+        ended, state, values, constraints = verdict(entry, len(self.rungs.costs), self._budget)
         entry.reason = entry.stopped or json.loads(entry.last.get("extra") or "{}").get("reason", "")
         attrs = {
             "ended": ended,
@@ -186,12 +192,18 @@ class Book:
             "cost": entry.cost,
             "spent": entry.spent + entry.spent_now,
             "attempts": len(entry.attempts),
+            "turn": self._turn(),
         }
         self._truth.tell(number, state, values, constraints, attrs)
         self._proposer.tell(number, state, values, constraints)
         entry.ended, entry.told = ended, True
         for duplicate in entry.duplicates:
             self._tell_duplicate(self.entries[duplicate], entry)
+
+    def _turn(self) -> int:
+        """The order in which trials are told: a sampler that learns is taught in it again."""
+        self._turns += 1
+        return self._turns
 
     def _answer(self, entry: Entry, original: Entry) -> None:
         """Answer a repeated recipe with the result of the trial that runs it, now or when that ends."""
@@ -202,7 +214,7 @@ class Book:
             original.duplicates.append(entry.number)
 
     def _tell_duplicate(self, entry: Entry, original: Entry) -> None:
-        _, state, values, constraints = verdict(original, len(self.rungs.costs))
+        _, state, values, constraints = verdict(original, len(self.rungs.costs), self._budget)
         attrs = {
             "ended": "duplicate",
             "duplicate_of": original.number,
@@ -210,6 +222,7 @@ class Book:
             "rung": original.rung,
             "cost": 0.0,
             "spent": 0.0,
+            "turn": self._turn(),
         }
         constraints = {**constraints, "duplicate": 1.0}  # known already: it must not appear twice in a front
         self._truth.tell(entry.number, state, values, constraints, attrs)
@@ -242,6 +255,7 @@ class Book:
             if trial.state.is_finished():
                 end = trial.user_attrs["end"]
                 entry.ended, entry.reason, entry.told = end["ended"], end["reason"], True
+                self._turns = max(self._turns, end.get("turn", 0))
         self._proposer.restore(trials)
         counts = {"ended": sum(entry.told for entry in self.entries), "told now": 0, "queued again": 0}
         for entry in self.entries:
@@ -293,19 +307,43 @@ class Book:
 
 def _entry_of(trial: FrozenTrial) -> Entry:
     recipe = Recipe.read(trial.user_attrs["recipe"])
-    return Entry(trial.number, recipe, trial.user_attrs["identity"], params=trial.params)
+    closes = trial.user_attrs.get("closes", False)
+    return Entry(trial.number, recipe, trial.user_attrs["identity"], params=trial.params, closes=closes)
 
 
-def verdict(entry: Entry, rungs: int) -> tuple[str, TrialState, list[float] | None, dict[str, float]]:
+def _share(budget: Budget, entry: Entry) -> float | None:
+    """What a finished trial costs as a share of the dense network; None where that could not be measured."""
+    found = json.loads(entry.last.get("extra") or "{}").get("costs", {}).get(budget.cost.name)
+    return None if found is None else float(found)
+
+
+def _excess(budget: Budget | None, entry: Entry) -> dict[str, float]:
+    if budget is None:
+        return {}
+    share = _share(budget, entry)
+    if share is None:
+        return {"unmeasured": 1.0}
+    excess = share / budget.most - 1
+    return {"budget": min(excess, 0.0) if _within(budget, entry) else excess}
+
+
+def _within(budget: Budget, entry: Entry) -> bool:
+    """Whether a finished trial is known to keep to the budget."""
+    share = _share(budget, entry)
+    return share is not None and share <= budget.most * (1 + 1e-9)
+
+
+def verdict(entry: Entry, rungs: int, budget: Budget | None = None) -> tuple[str, TrialState, list[float] | None, dict[str, float]]:
     """(ended, Optuna state, values, constraints) of an ended trial.
 
     A stopped trial is told as complete with its values at the rung and the violated constraint `unfinished`, the share of rungs that it
     did not reach: Optuna's PRUNED carries no values with several objectives, and complete without a constraint would be a lie.
+    The constraint `budget` is the excess in budgets, of finished trials only: no other's cost is known.
     """
     if entry.ended and entry.ended not in ("finished", "stopped"):
         return entry.ended, TrialState.FAIL, None, {}
     if entry.ended == "finished":
-        return "finished", TrialState.COMPLETE, [float(entry.last["objective"]), float(entry.last["kept"])], {}
+        return "finished", TrialState.COMPLETE, [float(entry.last["objective"]), float(entry.last["kept"])], _excess(budget, entry)
     if entry.best is None:  # stopped by a limit before it was scored: nothing to learn from
         return "stopped", TrialState.FAIL, None, {}
     unfinished = (rungs - entry.rung) / (rungs + 1)

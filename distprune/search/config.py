@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from distprune.core import registry
 from distprune.core.config import read_fields, read_yaml
 from distprune.core.lengths import check_length
 from distprune.core.recipe import Recipe
@@ -51,6 +52,26 @@ class Workers:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Budget:
+    """What every network that a search hands out may cost at most; others are told as infeasible."""
+
+    cost: Choice = field(default_factory=lambda: registry.cost.choose("params"))
+    most: float  # share of the dense network's cost
+
+    @classmethod
+    def read(cls, value: Any, where: str) -> "Budget":
+        budget = cls(**read_fields(cls, value, where))
+        if not 0 < budget.most < 1:
+            raise UserError(f"{where}.most must be a share of the dense cost in (0, 1), got {budget.most}. For a tenth write 0.1.")
+        return budget
+
+    @property
+    def measured(self) -> bool:
+        """Whether the cost is measured where the trial runs."""
+        return bool(self.cost.entry.facts["measured"])
+
+
+@dataclass(frozen=True, kw_only=True)
 class Search:
     """What is searched, how, and for how long."""
 
@@ -59,6 +80,7 @@ class Search:
     space: Mapping[str, Any] = field(default_factory=dict)  # see space.py; axes left out are searched over their whole table
     sampler: Choice = field(default_factory=lambda: tables.sampler.choose("tpe"))
     scheduler: Choice = field(default_factory=lambda: tables.scheduler.choose("pareto_halving"))
+    budget: Budget | None = None
     limits: Limits = field(default_factory=Limits)
     workers: Workers = field(default_factory=Workers)
     report_every: str = "1ep"
@@ -98,6 +120,7 @@ class Search:
         plain = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
         plain |= {"limits": dataclasses.asdict(self.limits), "workers": dataclasses.asdict(self.workers)}
         plain |= {"sampler": self.sampler.plain(), "scheduler": self.scheduler.plain()}
+        plain["budget"] = self.budget and {"cost": self.budget.cost.plain(), "most": self.budget.most}
         return plain
 
     @property

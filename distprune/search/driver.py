@@ -88,12 +88,13 @@ def _drive(setup: Setup, rungs: Rungs, folder: RunFolder, engine: Engine, listen
     with ReportWriter(folder.reports) as reports:
         book = Book(
             space=setup.space,
-            proposer=Proposer(search.sampler, setup.space.build, directions=DIRECTIONS, seed=search.seed),
+            proposer=Proposer(search.sampler, setup.space.build, directions=DIRECTIONS, seed=search.seed, budgets=setup.budgets),
             rungs=rungs,
             truth=truth,
             reports=reports,
             most_trials=search.limits.trials,
             most_cost=search.limits.cost,
+            budget=search.budget,
             out_of_time=lambda: search.limits.wall is not None and time.monotonic() - started >= search.limits.wall,
         )
         found = book.reconcile(rows)
@@ -140,4 +141,5 @@ def _job(setup: Setup, folder: RunFolder, book: Book, assignment: Assignment) ->
         threads=search.workers.cpus,
         device="cuda" if search.workers.gpus else "cpu",
         working_dir=os.getcwd(),
+        cost=search.budget.cost.plain() if search.budget and search.budget.measured else None,
     )

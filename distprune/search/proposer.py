@@ -13,6 +13,8 @@ from distprune.core.recipe import Recipe
 from distprune.core.registry import Choice
 from distprune.core.streams import stream_seed
 from distprune.errors import UserError
+from distprune.search.budgeted import BudgetSampler
+from distprune.search.episodes import Budgets
 
 FIT_SET = 200  # finished trials that a model is fitted to: a suggestion costs the same after 200 trials and after 10,000
 
@@ -25,23 +27,50 @@ class Proposal:
     params: Mapping[str, Any]
     distributions: Mapping[str, BaseDistribution]
     system_attrs: Mapping[str, Any]  # what the sampler itself wants to find again
+    closes: bool = False  # whether it is the end that a policy came to
 
 
 class Proposer:
     """Optuna's samplers over a study in memory, never over the journal: it is small, and a proposal leaves no half-written trial."""
 
     def __init__(
-        self, sampler: Choice, build: Callable[[optuna.Trial], Recipe], *, directions: Sequence[Literal["maximize", "minimize"]], seed: int
+        self,
+        sampler: Choice,
+        build: Callable[[optuna.Trial], Recipe],
+        *,
+        directions: Sequence[Literal["maximize", "minimize"]],
+        seed: int,
+        budgets: Budgets | None = None,
     ) -> None:
+        """`budgets` are for a sampler that learns."""
         self._sampler, self._build, self._directions, self._seed = sampler, build, list(directions), seed
         self._keeps_all = sampler.entry.facts["keeps_all"]
         self._finished: list[tuple[int, FrozenTrial]] = []
         self._running: dict[int, FrozenTrial] = {}
+        self._budgets = budgets
+        self._learner: BudgetSampler | None = sampler(seed) if sampler.entry.facts["learns"] else None
+        self._open()
         self._refresh()
 
-    def ask(self, number: int, fixed: Mapping[str, Any] | None = None) -> Proposal:
-        """Propose trial `number`; `fixed` parameters are taken as given. Raises UserError if one of them is not used or not legal."""
-        self._study.sampler = self._sampler(stream_seed(self._seed, "propose", number) % 2**32)
+    def _open(self) -> None:
+        if self._learner is not None:
+            assert self._budgets is not None, "a sampler that learns has a budget"
+            self._learner.open(self._budgets)
+
+    def ask(self, number: int, fixed: Mapping[str, Any] | None = None, *, last: bool = False) -> Proposal:
+        """Propose trial `number`; `fixed` parameters are taken as given. Raises UserError if one of them is not used or not legal.
+
+        The `last` trial of a search is the end of what its sampler learned, if it learns.
+        """
+        seed = stream_seed(self._seed, "propose", number) % 2**32
+        closing = None
+        if self._learner is None:
+            self._study.sampler = self._sampler(seed)
+        else:
+            self._learner.begin(number, seed)
+            self._study.sampler = self._learner
+            closing = self._learner.last() if last else None
+        fixed = closing or fixed
         if fixed:
             self._study.enqueue_trial(dict(fixed))
         trial = self._study.ask()
@@ -57,7 +86,7 @@ class Proposer:
         self._ids[number] = trial._trial_id
         self._running[number] = frozen
         system = {key: value for key, value in frozen.system_attrs.items() if key != "fixed_params"}
-        return Proposal(recipe, dict(trial.params), dict(trial.distributions), system)
+        return Proposal(recipe, dict(trial.params), dict(trial.distributions), system, closing is not None)
 
     def tell(self, number: int, state: TrialState, values: Sequence[float] | None, constraints: Mapping[str, float]) -> None:
         """Let the sampler know how a trial ended."""
@@ -68,6 +97,8 @@ class Proposer:
         told = self._study.tell(trial, values, state=state)
         self._running.pop(number)
         self._finished.append((number, told))
+        if self._learner is not None:
+            self._learner.learn(told)
         if not self._keeps_all and len(self._finished) >= 2 * FIT_SET:
             self._finished = self._best_and_latest()
             self._refresh()
@@ -76,6 +107,11 @@ class Proposer:
         """Start from the trials of a journal, running ones included."""
         self._running = {trial.number: trial for trial in trials if not trial.state.is_finished()}
         self._finished = []
+        self._open()
+        if self._learner is not None:
+            ended = [trial for trial in trials if trial.state.is_finished()]
+            for trial in sorted(ended, key=lambda trial: trial.user_attrs["end"]["turn"]):
+                self._learner.learn(trial)
         for trial in trials:
             if trial.state.is_finished():
                 self._finished.append((trial.number, trial))

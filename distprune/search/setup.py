@@ -1,17 +1,24 @@
 """What a search is about to do, worked out before anything starts: its space, its rungs, its cost."""
 
+import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import optuna
 import torch
 
+from distprune.core import registry
+from distprune.core.allocators.constrained_rl import count
+from distprune.core.costs import Subject
 from distprune.core.legality import fixed_sparsity
 from distprune.core.recipe import Recipe
 from distprune.core.registry import Choice
-from distprune.core.run import prepare
+from distprune.core.run import Run, check_fits, prepare
 from distprune.errors import UserError
+from distprune.search.budgeted import ALLOCATOR
 from distprune.search.config import Search
+from distprune.search.episodes import Budgets
 from distprune.search.rungs import Rungs
 from distprune.search.space import Space
 
@@ -28,6 +35,7 @@ class Setup:
     dense_cost: int  # samples of one dense training
     mean_cost: int  # samples a random trial bills
     most_cost: int
+    budgets: Budgets | None = None  # what a policy decides on, where the space has keep ratios
 
     def rungs(self, costs: list[int] | None = None) -> Rungs:
         """Fresh rungs, as the scheduler of the search lays them, or at given costs (samples)."""
@@ -44,15 +52,75 @@ def set_up(search: Search) -> Setup:
     def layers(granularity: Choice) -> list[str]:
         return [layer.name for layer in dense.state.units(granularity, dense.env.task.example).layers()]
 
-    space = Space(search.recipe, search.space, seed=search.seed, layers=layers)
+    def sparsity_of(granularity: Choice, keep: Mapping[str, float]) -> float:
+        units = dense.state.units(granularity, dense.env.task.example)
+        kept = units.weights({layer.name: count(keep.get(layer.name, 1.0), layer) for layer in units.layers()})
+        return 1 - min(kept, units.total - 1) / units.total  # a recipe that prunes keeps less than all
+
+    space = Space(search.recipe, search.space, seed=search.seed, layers=layers, sparsity_of=sparsity_of if search.budget else None)
+    budgets = _budgets(search, space, dense)
     for granularity in space.granularities:
         if fixed_sparsity(granularity) is None:
             dense.state.units(granularity, dense.env.task.example).check(space.highest)
     per_epoch = dense.env.task.steps_per_epoch(dense.recipe.train.batch_size)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
+    _leave_out(space, dense, per_epoch)
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     costs = [space.build(study.ask()).plan(per_epoch).cost for _ in range(_LOOKED_AT)]
-    return Setup(search, space, dense.state.masks.total, dense.plan.cost, sum(costs) // len(costs), max(costs))
+    return Setup(search, space, dense.state.masks.total, dense.plan.cost, sum(costs) // len(costs), max(costs), budgets)
+
+
+def _leave_out(space: Space, dense: Run, per_epoch: int) -> None:
+    """Try the first recipe of each paradigm on the network: some need parts that it may not have."""
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    first: dict[str, Recipe] = {}
+    for parameters in space.covering():
+        study.enqueue_trial(parameters)
+        recipe = space.build(study.ask())
+        first.setdefault(recipe.paradigm.name, recipe)
+    for recipe in first.values():
+        plan = recipe.plan(per_epoch)
+        try:
+            check_fits(plan, dense.state, dense.env)
+        except UserError as error:
+            space.leave_out(recipe.paradigm, str(error))
+
+
+def _budgets(search: Search, space: Space, dense: Run) -> Budgets | None:
+    """The layers of the network and what keeping their units costs. Raises UserError where sampler, space and budget do not fit."""
+    learns, name = search.sampler.entry.facts["learns"], search.sampler.name
+    search.sampler(0)  # options that make no sense are said before anything is written
+    if search.budget is None:
+        if learns:
+            raise UserError(f"sampler '{name}' keeps to a budget, and the search has none. Write budget: {{cost: params, most: 0.1}}.")
+        return None
+    granularities = space.granularities
+    if search.budget.measured and not any(granularity.entry.facts["channels"] for granularity in granularities):
+        raise UserError(
+            f"budget.cost '{search.budget.cost.name}' is measured on a network that is really smaller, which needs granularity filter or "
+            f"channel, got {', '.join(granularity.name for granularity in granularities)}. Write granularity: filter, or cost: flops."
+        )
+    if (granularity := space.budgeted) is None:
+        if learns:
+            raise UserError(
+                f"sampler '{name}' proposes the ratios of allocator '{ALLOCATOR}', which the space never has. "
+                f"Add {ALLOCATOR} to space.allocator, or write sampler: tpe."
+            )
+        return None
+    if search.budget.measured and search.sampler.options.get("wall"):
+        raise UserError(f"sampler.wall needs a cost that is known beforehand, got '{search.budget.cost.name}'. Write wall: false.")
+    units = dense.state.units(granularity, dense.env.task.example)
+    sizes = {weight: math.prod(shape) for weight, shape in units.shapes.items()}
+    flops = dense.state.layer_flops(dense.env.task.example)
+    # What is measured later is in proportion to FLOPs until then.
+    cost = registry.cost.choose("flops") if search.budget.measured else search.budget.cost
+    if cost.name == "flops" and not any(flops.values()):
+        raise UserError("budget.cost 'flops' cannot be counted on this network. Write cost: params.")
+
+    def share(counts: Mapping[str, int]) -> float:
+        return float(cost(Subject.of(units.kept_weights(counts), sizes, flops)))
+
+    return Budgets(units.layers(), share, search.budget.most, measured=search.budget.measured)
 
 
 def check_machine(search: Search) -> None:

@@ -7,6 +7,9 @@
       sparsity: [0.5, 0.98]                                  searched as density, uniform in its logarithm
       sparsity: [0.9, 0.95, 0.98]                            three and more are values; the first trials cross them with the paradigms
 
+An allocator that sets the sparsity (constrained_rl) has no such parameter: its recipes have the sparsity that its ratios give, which may
+lie outside of space.sparsity, and the search's budget is what holds them.
+
 Options are searched where their annotation holds a range; a value fixes them, a list of the space narrows them. Axes are chosen in the
 order of ORDER, each among those that are legal with what was chosen before and leave something legal for what comes after.
 """
@@ -46,12 +49,15 @@ class Space:
         *,
         seed: int,
         layers: Callable[[Choice], Sequence[str]] = lambda granularity: (),
+        sparsity_of: Callable[[Choice, Mapping[str, float]], float] | None = None,
     ) -> None:
-        """`layers` gives the names of what a granularity budgets for. Raises UserError for unknown keys, names and empty ranges."""
+        """`layers` gives the names of what a granularity budgets for, `sparsity_of` the sparsity of a granularity's layers at keep ratios;
+        without it no allocator that sets the sparsity is proposed. Raises UserError for unknown keys, names and empty ranges.
+        """
         if wrong := [key for key in space if key not in KEYS]:
             raise unknown("key in space:", wrong[0], KEYS)
         self._base = Recipe.read({**recipe, "paradigm": "dense", "seed": seed})
-        self._layers = layers
+        self._layers, self._sparsity_of = layers, sparsity_of
         own = {"granularity": self._base.granularity.plain(), "optimizer": self._base.train.optimizer.plain()}
         self.axes = {axis: read_axis(registry.TABLES[axis], space.get(axis, own.get(axis)), f"space.{axis}") for axis in ORDER}
         if "optimizer" not in space:
@@ -64,13 +70,14 @@ class Space:
                 )
         self.sparsities = read_sparsities(space.get("sparsity", [0.5, 0.98]))
         self.excluded: list[str] = []  # what is never proposed, and why
+        self._drop_allocators("allocator" in space)
         self._legal: dict[_Labels, list[Candidate]] = {}  # labels of the axes chosen so far -> candidates of the next
         self._names: dict[tuple[str, _Labels], str] = {}
-        listed = "paradigm" in space
+        self._listed = "paradigm" in space
         for paradigm in self.axes["paradigm"]:
             before = len(self.excluded)
-            if not self._grow([paradigm]) and listed:
-                raise UserError(f"space: paradigm '{paradigm.label}' can never be proposed. {self.excluded[before]}")
+            if not self._grow([paradigm]) and self._listed:
+                raise _never(paradigm, self.excluded[before])
         self.axes["paradigm"] = [paradigm for paradigm in self.axes["paradigm"] if (paradigm.label,) in self._legal]
         if not self.axes["paradigm"]:
             raise UserError(f"space: no paradigm is legal. {self.excluded[0]}")
@@ -86,6 +93,38 @@ class Space:
         """The highest sparsity that is searched."""
         return _bounds(self.sparsities)[1]
 
+    @property
+    def budgeted(self) -> Choice | None:
+        """The granularity whose layers' keep ratios are proposed, if they are."""
+        searched = [c for legal in self._legal.values() for c in legal if _sets_sparsity(c) and "keep" in c.searched]
+        return self._free_granularities()[0].choice if searched else None
+
+    def _free_granularities(self) -> list[Candidate]:
+        return [candidate for candidate in self.axes["granularity"] if fixed_sparsity(candidate.choice) is None]
+
+    def _drop_allocators(self, listed: bool) -> None:
+        """Take out the allocators that set the sparsity where they cannot: the search has no budget, or not one set of layers."""
+        free = self._free_granularities()
+        why = None
+        if self._sparsity_of is None:
+            why = "it sets the sparsity itself, so the search needs a budget. Write budget: {cost: params, most: 0.1}, or take per_layer."
+        elif len(free) > 1:
+            names = ", ".join(candidate.label for candidate in free)
+            why = f"its ratios are of the layers of one granularity, and space.granularity has {names}. List one of them."
+        for candidate in [candidate for candidate in self.axes["allocator"] if why and _sets_sparsity(candidate)]:
+            if listed:
+                raise UserError(f"space.allocator {candidate.label}: {why}")
+            self.axes["allocator"].remove(candidate)
+            self.excluded.append(f"allocator {candidate.label}: {why}")
+
+    def leave_out(self, paradigm: Choice, reason: str) -> None:
+        """Never propose a paradigm that the network cannot be pruned by. Raises UserError if the space lists it."""
+        for candidate in [candidate for candidate in self.axes["paradigm"] if candidate.name == paradigm.name]:
+            if self._listed:
+                raise _never(candidate, reason)
+            self.axes["paradigm"].remove(candidate)
+            self.excluded.append(f"paradigm {candidate.label}: {reason}")
+
     def build(self, trial: Suggest) -> Recipe:
         """The recipe of a trial."""
         chosen = [self._pick(trial, "paradigm", self.axes["paradigm"])]
@@ -96,7 +135,12 @@ class Space:
         names = self._layers(picked["granularity"].choice) if "granularity" in picked else ()
         choices: dict[str, Any] = {axis: self._choice(trial, candidate, names) for axis, candidate in picked.items()}
         train = replace(self._base.train, optimizer=choices.pop("optimizer", self._base.train.optimizer))
-        sparsity = self._sparsity(trial, picked["granularity"]) if "granularity" in picked else 0.0
+        sparsity = 0.0
+        if "allocator" in picked and _sets_sparsity(picked["allocator"]):
+            assert self._sparsity_of is not None
+            sparsity = self._sparsity_of(picked["granularity"].choice, choices["allocator"].option("keep"))
+        elif "granularity" in picked:
+            sparsity = self._sparsity(trial, picked["granularity"])
         return replace(self._base, sparsity=sparsity, train=train, **choices)
 
     def covering(self) -> list[dict[str, Any]]:
@@ -114,7 +158,7 @@ class Space:
                     legal = self._legal[_labels(chosen)]
                     new = [candidate for candidate in legal if (axis, candidate.label) in waiting]
                     # Taken in turn; those that fix the sparsity only once, as they cannot be crossed with it.
-                    rest = [c for c in legal if axis != "granularity" or fixed_sparsity(c.choice) is None] or legal
+                    rest = [c for c in legal if not _fixes(axis, c)] or legal
                     candidate = new[0] if new else rest[len(first) % len(rest)]
                     if len(legal) > 1:  # with one candidate there is nothing to choose, and no parameter
                         parameters[self._parameter(chosen, axis)] = candidate.label
@@ -122,7 +166,7 @@ class Space:
                 if len(self.axes["paradigm"]) > 1:
                     parameters["paradigm"] = paradigm.label
                 covered = {(axis, candidate.label) for axis, candidate in zip(axes, chosen, strict=True)} & waiting
-                free = "granularity" in axes and fixed_sparsity(chosen[1].choice) is None
+                free = "granularity" in axes and not any(_fixes(axis, c) for axis, c in zip(axes, chosen, strict=True))
                 at = next((pair for pair in pairs if pair[0] == paradigm.label), None)
                 if at is not None and len(values) > 1 and free:
                     parameters["sparsity"] = at[1]
@@ -205,6 +249,19 @@ class Space:
             else:
                 options[name] = _suggest(trial, path, where, option)
         return candidate.table.choose(candidate.name, **options)
+
+
+def _never(paradigm: Candidate, reason: str) -> UserError:
+    return UserError(f"space: paradigm '{paradigm.label}' can never be proposed. {reason}")
+
+
+def _sets_sparsity(candidate: Candidate) -> bool:
+    return bool(candidate.choice.entry.facts.get("sets_sparsity"))  # a fact of allocators alone
+
+
+def _fixes(axis: str, candidate: Candidate) -> bool:
+    """Whether a candidate of an axis leaves no choice of the sparsity."""
+    return _sets_sparsity(candidate) if axis == "allocator" else axis == "granularity" and fixed_sparsity(candidate.choice) is not None
 
 
 def _labels(chosen: Sequence[Candidate]) -> _Labels:

@@ -11,7 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
+from distprune.core import registry
+from distprune.core.costs import Subject
+from distprune.core.edits.shrink import shrink
 from distprune.core.executor import Report, execute
 from distprune.core.lengths import to_steps
 from distprune.core.loop import Diverged
@@ -22,6 +26,7 @@ from distprune.core.recipe import Recipe
 from distprune.core.run import Run, prepare
 from distprune.core.stages import Prune
 from distprune.core.state import State
+from distprune.core.streams import global_stream
 from distprune.errors import UserError
 from distprune.store.folder import RunFolder
 
@@ -43,6 +48,7 @@ class Job:
     threads: int
     device: str
     working_dir: str  # where the user's modules and data are looked for
+    cost: Any = None  # what is measured at the end of the trial besides, as YAML writes it
 
     def plain(self) -> dict[str, Any]:
         """For JSON."""
@@ -91,7 +97,7 @@ def _rows(job: Job, base: dict[str, Any]) -> Iterator[dict[str, Any]]:
     before = ledger.cost + ledger.observing  # run in earlier attempts
     kept_checkpoints: list[Path] = []
     for report in execute(run.plan, run.state, run.env):
-        row = {**base, **_row(report, run)}
+        row = {**base, **_row(report, run, job.cost)}
         crossed = rung if report.cost < grace else sum(report.cost >= cost for cost in job.rungs) - 1
         if crossed > rung and not report.final:
             row["score"] = _score(run, report, recovery)
@@ -118,7 +124,7 @@ def _score(run: Run, report: Report, recovery: int) -> float:
     return score
 
 
-def _row(report: Report, run: Run) -> dict[str, Any]:
+def _row(report: Report, run: Run, cost: Any) -> dict[str, Any]:
     extra = {"metrics": report.metrics, "stage": report.stage, "clock": report.clock, "lap": report.lap}
     if report.final:
         masks, state = run.state.masks, run.state
@@ -131,6 +137,7 @@ def _row(report: Report, run: Run) -> dict[str, Any]:
             "ledger": asdict(state.ledger),
             **_diagnosis(run),
         }
+        extra["costs"] = _costs(run, extra, cost)
     return {
         "index": report.index,
         "final": report.final,
@@ -155,6 +162,22 @@ def _diagnosis(run: Run) -> dict[str, Any]:
     counts = masks.counts  # a layer that was removed as a whole is no accident
     measured = {"flops": flops(dense, masks), "dense_flops": sum(run.env.flops.values())} if dense else {}
     return {**measured, "collapsed": [name for name in dead if counts[name]]}
+
+
+def _costs(run: Run, extra: dict[str, Any], measured: Any) -> dict[str, float | None]:
+    """Shares of the dense network's costs by name: those that are functions of the masks, and the one that is to be measured."""
+    state, env = run.state, run.env
+
+    def networks() -> tuple[nn.Module, nn.Module, torch.Tensor]:
+        units = state.units(run.recipe.granularity, env.task.example)
+        with global_stream(env.seed, "latency"):
+            dense = env.build().to(env.device)
+        return dense, shrink(state.model, units.channels, units.alive(state.masks)), env.task.example()
+
+    subject = Subject(state.masks.kept, state.total, extra.get("flops", 0.0), extra.get("dense_flops", 0.0), networks)
+    choices = [registry.cost.choose(entry.name) for entry in registry.cost if not entry.facts["measured"]]
+    choices += [registry.cost.read(measured, "cost")] if measured is not None else []
+    return {choice.name: choice(subject) for choice in choices}
 
 
 def grace_cost(plan: Plan) -> int:

@@ -153,7 +153,7 @@ def test_list_shows_options_paper_and_file(capsys: pytest.CaptureFixture[str]) -
     assert "batches = 1 (searched in [1, 4])" in output and "arXiv:1810.02340" in output and "distprune/core/criteria/snip.py" in output
 
 
-@pytest.mark.parametrize("config", sorted((REPOSITORY / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("config", sorted((REPOSITORY / "configs").rglob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_configs_are_valid(config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(REPOSITORY)
     value = yaml.safe_load(config.read_text())

@@ -18,11 +18,12 @@ SHAPES = {"conv": (4, 1, 3, 3), "tiny": (2, 3), "wide": (50, 40), "head": (10, 5
 
 
 def choices() -> list[Choice]:
-    """Every allocator, with shares where it wants some."""
-    return [
-        registry.allocator.choose(entry.name, **({"shares": {"conv": 0.05, "wide": 1.0}} if entry.name == "per_layer" else {}))
-        for entry in registry.allocator
-    ]
+    """Every allocator, with a number for some layers where it wants some."""
+    return [registry.allocator.choose(entry.name, **_some(entry.name, {"conv": 0.05, "wide": 1.0})) for entry in registry.allocator]
+
+
+def _some(name: str, numbers: dict[str, float]) -> dict[str, dict[str, float]]:
+    return {option: numbers for option in registry.allocator.get(name).options if option in ("shares", "keep")}
 
 
 def scores_of(shapes: dict[str, tuple[int, ...]], seed: int = 0) -> dict[str, torch.Tensor]:
@@ -124,10 +125,9 @@ def test_scores_that_are_not_finite_are_refused() -> None:
 @pytest.mark.parametrize("name", registry.allocator.names())
 def test_scores_that_are_not_finite_are_refused_whatever_the_allocator(name: str) -> None:
     scores = {"a": torch.tensor([1.0, math.nan, 2.0]), "b": torch.tensor([1.0, 2.0, 3.0])}
-    options = {"shares": {"a": 1.0}} if name == "per_layer" else {}
     units = Weights(scores)
     with pytest.raises(UserError, match="Scores of 'a' must be finite"):
-        units.choose(scores, 0.5, registry.allocator.choose(name, **options), None)
+        units.choose(scores, 0.5, registry.allocator.choose(name, **_some(name, {"a": 1.0})), None)
 
 
 def test_lamp_does_not_see_removed_units() -> None:

@@ -44,6 +44,14 @@ from distprune.errors import UserError
             {"paradigm": "finetune", "granularity": "layer", "allocator": "erk"},
             "granularity 'layer' decides .* must be global, got 'erk'",
         ),
+        (
+            {"paradigm": "edge_popup", "allocator": "uniform", "regularizer": "l2"},
+            "regularizer 'l2' draws weights, and paradigm 'edge_popup' leaves them frozen. Write regularizer: none",
+        ),
+        (
+            {"paradigm": "greg", "regularizer": "growing_l2"},
+            "regularizer 'growing_l2' grows a penalty on all weights, on top of the one that paradigm 'greg' grows",
+        ),
     ],
 )
 def test_illegal_recipes_say_why(changes: dict[str, Any], message: str) -> None:

@@ -33,6 +33,17 @@ def test_a_plain_script_gets_the_recorded_predictions(model: Any, tmp_path: Path
     assert manifest["kept"] == outcome.masks.kept and set(manifest["layers"]) == set(outcome.masks)
 
 
+def test_a_fused_network_is_read_without_what_fused_it(tmp_path: Path) -> None:
+    options = {"layers": 2, "batches": 4, "pick": "last"}
+    outcome = _run(model="lenet5", paradigm={"name": "fusion", **options}, sparsity=0.0)
+    folder = outcome.export(tmp_path / "out")
+    done = check_alone(folder)
+    assert done.returncode == 0 and "0 predictions differ" in done.stdout, done.stderr
+    assert "network.set_submodule('conv2', torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(" in (folder / "model.py").read_text()
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert set(manifest["layers"]) == {"conv1.weight", "conv2.1.weight"} and manifest["sparsity"] == outcome.run.state.sparsity > 0.3
+
+
 def test_a_users_own_class_is_imported_from_where_it_is(tmp_path: Path) -> None:
     (tmp_path / "my_net.py").write_text(
         "from torch import nn\n\n\ndef net(shape, classes, *, hidden=8):\n"

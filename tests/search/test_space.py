@@ -10,6 +10,8 @@ from distprune.core import registry
 from distprune.core.legality import violations
 from distprune.core.recipe import Recipe
 from distprune.errors import UserError
+from distprune.search.config import Search
+from distprune.search.setup import set_up
 from distprune.search.space import Space
 
 ALL = {"granularity": ["weight", "kernel", "n_m", "filter"], "sparsity": [0.5, 0.75, 0.9]}
@@ -41,7 +43,7 @@ def test_the_first_trials_hold_every_candidate_and_cross_sparsities_with_paradig
         found = {getattr(recipe, axis).name for recipe in recipes}
         assert {candidate.label for candidate in space.axes[axis]} <= found
     crossed = {(recipe.paradigm.name, recipe.sparsity) for recipe in recipes if recipe.granularity.name != "n_m"}
-    pruning = [candidate.label for candidate in space.axes["paradigm"] if candidate.label != "dense"]
+    pruning = [candidate.label for candidate in space.axes["paradigm"] if "sparsity" in candidate.choice.entry.facts["uses"]]
     assert crossed >= {(name, value) for name in pruning for value in ALL["sparsity"]}
 
 
@@ -61,6 +63,16 @@ def test_what_is_legal_nowhere_is_left_out_and_listed_or_refused_if_it_was_asked
         Space(BASE, {"paradigm": ["dense", "slimming"]}, seed=0)
     with pytest.raises(UserError, match="space: paradigm 'rigl' can never be proposed. allocator global"):
         Space(BASE, {"paradigm": ["rigl"], "allocator": ["global"]}, seed=0)
+
+
+def test_what_the_network_lacks_parts_for_is_left_out_and_listed_or_refused_if_it_was_asked_for() -> None:
+    value = {"name": "x", "recipe": {**BASE, "model": {"name": "resnet_cifar", "depth": 8, "width": 4}}, "space": {"sparsity": [0.3, 0.8]}}
+    space = set_up(Search.read(value)).space
+    assert "fusion" not in [candidate.label for candidate in space.axes["paradigm"]], "its activations are no modules"
+    assert any(line.startswith("paradigm fusion: fusion needs neighbouring") for line in space.excluded)
+    assert all(recipe.paradigm.name != "fusion" for recipe in _drawn(space, 50))
+    with pytest.raises(UserError, match="space: paradigm 'fusion' can never be proposed. fusion needs neighbouring"):
+        set_up(Search.read({**value, "space": {"paradigm": ["dense", "fusion"]}}))
 
 
 def test_equal_sets_share_a_parameter_and_different_ones_do_not() -> None:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import Annotated
 
 from torch import Tensor
@@ -21,10 +22,22 @@ def per_layer(
     *,
     shares: Annotated[Mapping[str, float], PerLayer(LogRange(0.05, 1.0))],
 ) -> dict[str, int]:
-    """Density of a layer in proportion to its share, normalised so that the budget is met exactly. A layer without a share has 1."""
-    if wrong := shares.keys() - {layer.name for layer in layers}:
-        raise unknown("layer in allocator.shares:", min(wrong), [layer.name for layer in layers])
-    return proportional([shares.get(layer.name, 1.0) for layer in layers], layers, kept)
+    """Density of a layer in proportion to its share, normalised so that the budget is met exactly. A layer without a share has 1.
+
+    `shares` is by names of layers or shell patterns, `{"stage1.*": 0.25, "stage3.*": 0.68}`: a layer takes the share of its name, or of the
+    longest pattern that fits it.
+    """
+    names = [layer.name for layer in layers]
+    if wrong := sorted(key for key in shares if not any(_fits(key, name) for name in names)):
+        patterns = {f"{name.partition('.')[0]}.*" for name in names}
+        raise unknown("layer in allocator.shares:", wrong[0], patterns if set(wrong[0]) & set("*?[") else names)
+    # Not the first that fits: two mappings that differ in their order are the same recipe, with the same key.
+    order = sorted(shares, key=lambda key: (key not in names, -len(key), key))
+    return proportional([next((shares[key] for key in order if _fits(key, name)), 1.0) for name in names], layers, kept)
+
+
+def _fits(key: str, name: str) -> bool:
+    return key == name or fnmatchcase(name, key)
 
 
 @allocator("power")

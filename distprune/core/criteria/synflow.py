@@ -1,7 +1,7 @@
 """Synaptic flow."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from distprune.core.registry import criterion
 from distprune.core.scoring import Probe
@@ -11,9 +11,14 @@ from distprune.core.scoring import Probe
 def synflow(probe: Probe) -> dict[str, Tensor]:
     """|w dR/dw| with R the summed output of the network with absolute weights on an input of ones; no data, 100 steps.
 
-    In float64, as R overflows on deep networks, and in eval mode with absolute buffers, as the authors do.
+    In float64, as R overflows on deep networks, and in eval mode with absolute buffers, as the authors do. Batch norm that keeps no
+    statistics has those of an untrained one: with a batch's own, it would subtract the whole signal.
     """
     model = probe.model.double().eval()
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
+            line = next(iter(probe.weights.values())).new_zeros(module.num_features)
+            module.running_mean, module.running_var = line, line + 1
     with torch.no_grad():
         for tensor in model.state_dict().values():
             if tensor.is_floating_point():

@@ -74,12 +74,12 @@ class Channels(Units):
                 masks[part.name] &= _along(part, kept[group.name], self.shapes[part.name])
         return Masks(masks)
 
-    def weights(self, counts: Mapping[str, int]) -> int:
+    def kept_weights(self, counts: Mapping[str, int]) -> dict[str, int]:
         left = {name: list(shape) for name, shape in self.shapes.items()}
         for group in self.channels:
             for part in _weights(group):
                 left[part.name][part.dim] -= (group.units - counts[group.name]) * part.index.shape[1]
-        return sum(math.prod(shape) for shape in left.values())
+        return {name: math.prod(shape) for name, shape in left.items()}
 
     def alive(self, masks: Masks) -> dict[str, Tensor]:
         return {

@@ -35,8 +35,8 @@ class Kernels(Units):
     def expand(self, kept: Mapping[str, Tensor]) -> Masks:
         return Masks({name: mask.contiguous() for name, mask in self.spread(kept).items()})
 
-    def weights(self, counts: Mapping[str, int]) -> int:
-        return sum(count * math.prod(self.shapes[name][2:]) for name, count in counts.items())
+    def kept_weights(self, counts: Mapping[str, int]) -> dict[str, int]:
+        return {name: count * math.prod(self.shapes[name][2:]) for name, count in counts.items()}
 
     def alive(self, masks: Masks) -> dict[str, Tensor]:
         return {name: mask.reshape(*mask.shape[:2], -1).any(-1) for name, mask in masks.items()}

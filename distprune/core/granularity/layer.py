@@ -76,7 +76,7 @@ class Blocks(Units):
     def alive(self, masks: Masks) -> dict[str, Tensor]:
         return {_NAME: torch.stack([torch.stack([masks[name].any() for name in block]).any() for block in self.blocks])}
 
-    def weights(self, counts: Mapping[str, int]) -> int:
+    def kept_weights(self, counts: Mapping[str, int]) -> dict[str, int]:
         raise NotImplementedError("blocks are of different sizes: a number of them has no number of weights")
 
     @cached_property

@@ -39,7 +39,7 @@ class Selection(Hook):
     @torch.no_grad()
     def grad(self, memory: Memory, state: "State", env: "Env") -> None:
         for name, slope in self.slopes(memory, state, env).items():
-            _leaves(state)[name].grad = slope
+            leaves_of(state)[name].grad = slope
             state.weights[name].grad = None  # no one trains them
 
     @torch.no_grad()
@@ -47,8 +47,8 @@ class Selection(Hook):
         masks = self.masks(memory, state)
         for name, weight in state.weights.items():
             weight.copy_(self.effective(weight.detach(), masks[name]))
-            del state.leaves[_leaf(name)]
-            state.memory.pop(_leaf(name), None)
+            del state.leaves[leaf_of(name)]
+            state.memory.pop(leaf_of(name), None)
         state.set_masks(masks)
 
     @abstractmethod
@@ -80,17 +80,19 @@ def _layers(state: "State") -> list[Layer]:
     return layers_of({name: weight.shape for name, weight in state.weights.items()})
 
 
-def _leaf(name: str) -> str:
+def leaf_of(name: str) -> str:
+    """The leaf that holds a weight's scores."""
     return f"scores/{name}"
 
 
-def _leaves(state: "State") -> dict[str, nn.Parameter]:
-    return {name: state.leaves[_leaf(name)] for name in state.weights}
+def leaves_of(state: "State") -> dict[str, nn.Parameter]:
+    """Name of the weight -> its scores."""
+    return {name: state.leaves[leaf_of(name)] for name in state.weights}
 
 
-def _gradients(state: "State") -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+def gradients_of(state: "State") -> dict[str, tuple[Tensor, Tensor, Tensor]]:
     """Name -> (gradient of the effective weight, frozen weight, score) of every weight that took part in the step."""
-    rows = {name: (state.weights[name].grad, state.weights[name].detach(), leaf.detach()) for name, leaf in _leaves(state).items()}
+    rows = {name: (state.weights[name].grad, state.weights[name].detach(), leaf.detach()) for name, leaf in leaves_of(state).items()}
     return {name: (grad, weight, score) for name, (grad, weight, score) in rows.items() if grad is not None}
 
 
@@ -112,7 +114,7 @@ class EdgePopup(Selection):
         generator = stream(env.seed, "selection", state.lap, state.clock)
         for name, weight in state.weights.items():
             score = nn.init.kaiming_uniform_(torch.empty(weight.shape), a=math.sqrt(5), generator=generator)
-            state.leaves[_leaf(name)] = nn.Parameter(score.to(weight.device, weight.dtype))
+            state.leaves[leaf_of(name)] = nn.Parameter(score.to(weight.device, weight.dtype))
             if self.weights == "kaiming":
                 weight.copy_(nn.init.kaiming_normal_(torch.empty(weight.shape), generator=generator))
             elif self.weights == "signed":
@@ -121,11 +123,11 @@ class EdgePopup(Selection):
                 weight.mul_(math.sqrt(weight.numel() / memory[name]))
 
     def masks(self, memory: Memory, state: "State") -> Masks:
-        return top_masks({name: leaf.detach().abs() for name, leaf in _leaves(state).items()}, memory)
+        return top_masks({name: leaf.detach().abs() for name, leaf in leaves_of(state).items()}, memory)
 
     def slopes(self, memory: Memory, state: "State", env: "Env") -> dict[str, Tensor]:
         # The mask is made of |score|, so the gradient of the mask, w dL/dw_eff, turns with the score's sign.
-        return {name: grad * weight * score.sign() for name, (grad, weight, score) in _gradients(state).items()}
+        return {name: grad * weight * score.sign() for name, (grad, weight, score) in gradients_of(state).items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,14 +169,14 @@ class Supermask(Selection):
             density = memory[name] / weight.numel() if memory else whole
             least = 0.5 / weight.numel()  # a dense layer's logits are finite too
             chance = 0.5 if self.first == "half" else min(max(density, least), 1 - least)
-            state.leaves[_leaf(name)] = nn.Parameter(torch.full_like(weight, math.log(chance / (1 - chance))))
+            state.leaves[leaf_of(name)] = nn.Parameter(torch.full_like(weight, math.log(chance / (1 - chance))))
             if self.signed:
                 weight.copy_(weight.sign() * weight.std(correction=0))
 
     @torch.no_grad()
     def step(self, memory: Memory, state: "State", env: "Env") -> bool:
         progress = state.clock / self.end_at if self.first == "half" else 1.0
-        leaves = _leaves(state)
+        leaves = leaves_of(state)
         layers = [([leaf], memory[name]) for name, leaf in leaves.items()] if memory else [(list(leaves.values()), self.kept(state))]
         for logits, kept in layers:
             total = sum(logit.numel() for logit in logits)
@@ -182,13 +184,13 @@ class Supermask(Selection):
         return False
 
     def masks(self, memory: Memory, state: "State") -> Masks:
-        logits = {name: leaf.detach() for name, leaf in _leaves(state).items()}
+        logits = {name: leaf.detach() for name, leaf in leaves_of(state).items()}
         return top_masks(logits, self.counts(state, logits))
 
     def training_masks(self, memory: Memory, state: "State", env: "Env") -> Masks:
         generators: dict[torch.device, torch.Generator] = {}
         masks = {}
-        for name, leaf in _leaves(state).items():
+        for name, leaf in leaves_of(state).items():
             if leaf.device not in generators:
                 generators[leaf.device] = stream(env.seed, "supermask", state.lap, state.clock, device=leaf.device)
             draw = torch.rand(leaf.shape, generator=generators[leaf.device], device=leaf.device)
@@ -201,7 +203,7 @@ class Supermask(Selection):
     def slopes(self, memory: Memory, state: "State", env: "Env") -> dict[str, Tensor]:
         masks = self.training_masks(memory, state, env)  # the same draw again: the clock has not moved
         slopes = {}
-        for name, (grad, weight, logit) in _gradients(state).items():
+        for name, (grad, weight, logit) in gradients_of(state).items():
             slope = grad * weight
             if self.rescale:  # d/dm_i of sum_j g_j w_j m_j n / sum(m)
                 kept = masks[name].sum().clamp(min=1)

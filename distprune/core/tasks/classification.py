@@ -87,6 +87,9 @@ class Classification(Task):
     def loss_of(self, outputs: Tensor, batch: Batch) -> Tensor:
         return F.cross_entropy(outputs.float(), batch[1], label_smoothing=self._smoothing)
 
+    def nll_of(self, outputs: Tensor, batch: Batch) -> Tensor:
+        return F.nll_loss(outputs.float(), batch[1])
+
     def metrics(self, model: nn.Module, split: SplitName) -> dict[str, float]:
         labels = self._splits[split].labels
         logits = self.predict(model, split)

@@ -1,0 +1,23 @@
+"""RMSprop."""
+
+from collections.abc import Iterable
+from typing import Annotated
+
+import torch
+from torch import nn
+
+from distprune.core.options import LogRange
+from distprune.core.registry import optimizer
+
+
+@optimizer("rmsprop", paper="Tieleman & Hinton 2012, Neural networks for machine learning, lecture 6.5", keeps_zeros=True)
+def rmsprop(
+    parameters: Iterable[nn.Parameter],
+    *,
+    lr: Annotated[float, LogRange(1e-4, 1e-2)] = 1e-3,
+    alpha: float = 0.9,
+    momentum: float = 0.0,
+    weight_decay: float = 0.0,
+) -> torch.optim.Optimizer:
+    """Gradients over the root of the mean of their squares, which forgets at the rate 1 - `alpha`."""
+    return torch.optim.RMSprop(parameters, lr=lr, alpha=alpha, momentum=momentum, weight_decay=weight_decay)

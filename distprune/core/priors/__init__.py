@@ -1,0 +1,1 @@
+"""Priors over functions: Gaussian processes, families of weight priors, and what brings the second to the first."""
