@@ -2,8 +2,8 @@
 
     python benchmarks/skeletonization.py      # goes on from benchmarks/skeletonization.json if there is one
 
-A deep MLP and a shallow one, without batch norm, and six convolutions with it. Everything but the masks is equal: Kaiming-normal weights, the
-training, and for one seed the weights themselves; SNIP is FORCE in one step. Progressive masks see 59 batches more, which `cost` bills.
+A deep MLP and a shallow one, without batch norm, and six convolutions with it. Everything but the masks is equal: Kaiming-normal weights,
+the training, and for one seed the weights themselves; SNIP is FORCE in one step. Progressive masks see 59 batches more, which `cost` bills.
 Allocators keep at least one weight in every layer, which softens the collapse that the paper shows for SNIP: a layer that SNIP would empty
 has one weight here.
 `severed` counts the runs whose masks let no signal from input to output.
