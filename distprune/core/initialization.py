@@ -66,7 +66,10 @@ def fan_in(module: nn.Module, weight: Tensor) -> int:
 
 @torch.no_grad()
 def draw(stage: "SetWeights", state: "State", env: "Env") -> None:
-    """Weights of linear layers and convolutions from N(0, sigma_w^2 / fan_in), their biases from N(0, sigma_b^2); the rest stays."""
+    """Weights of linear layers and convolutions from N(0, sigma_w^2 / fan_in), their biases from N(0, sigma_b^2); the rest stays.
+
+    What is not trained stays too: a readout that its model fixed, layers that a user froze.
+    """
     generator = stream(env.seed, "draw", state.lap, state.clock)
     drawn: set[int] = set()  # tied weights are drawn once
     for module in state.model.modules():
@@ -74,9 +77,12 @@ def draw(stage: "SetWeights", state: "State", env: "Env") -> None:
             continue
         drawn.add(id(module.weight))
         normal = torch.randn(module.weight.shape, generator=generator)
-        module.weight.copy_(normal * stage.sigma_w / math.sqrt(fan_in(module, module.weight)))
+        if module.weight.requires_grad:
+            module.weight.copy_(normal * stage.sigma_w / math.sqrt(fan_in(module, module.weight)))
         if module.bias is not None:
-            module.bias.copy_(torch.randn(module.bias.shape, generator=generator) * stage.sigma_b)
+            normal = torch.randn(module.bias.shape, generator=generator)
+            if module.bias.requires_grad:
+                module.bias.copy_(normal * stage.sigma_b)
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ import torch
 from distprune.core.data.dataset import Dataset
 from distprune.core.edits.fuse import check_fusions
 from distprune.core.executor import Env
+from distprune.core.hooks.functional_prior import check_priors
 from distprune.core.keys import digest, keys
 from distprune.core.lengths import to_steps
 from distprune.core.plan import Plan
@@ -60,6 +61,8 @@ def prepare(recipe: Recipe, *, device: torch.device | str = "cpu", report_every:
         flops=state.layer_flops(task.example),
     )
     plan = recipe.plan(per_epoch)
+    check_options(plan, state, env)
+    check_priors(plan, state, env)
     check_fits(plan, state, env)
     return Run(recipe=recipe, plan=plan, state=state, env=env)
 
@@ -81,6 +84,27 @@ def check_fits(plan: Plan, state: State, env: Env) -> None:
         if criterion is not None and criterion.entry.facts["of_units"] and not criterion.entry.facts["passes"]:
             unit_scores(Probe(state.model, env.task, state.masks, seed=0, draw=(), batch_size=1, units=units), criterion)
     check_fusions(plan, state, env)
+
+
+def check_options(plan: Plan, state: State, env: Env) -> None:
+    """Raise UserError for names of layers that the network does not have and values that optimizers refuse, before anything is trained."""
+    for stage in plan.stages:
+        if isinstance(stage, Train):
+            _check_optimizer(stage.config.optimizer)
+        for step in (stage, *(stage.hooks if isinstance(stage, Train) else ())):
+            allocator = getattr(step, "allocator", None)
+            if allocator is not None and not allocator.entry.facts["needs_scores"]:
+                layers = state.units(getattr(step, "granularity", WEIGHT), env.task.example).layers()
+                allocator(layers, len(layers), None, None)  # one unit each always fits: it is the options that are tried
+
+
+def _check_optimizer(optimizer: Choice) -> None:
+    try:
+        optimizer([torch.nn.Parameter(torch.zeros(1))])
+    except UserError:
+        raise
+    except ValueError as error:  # torch's own optimizers say so
+        raise UserError(f"train.optimizer '{optimizer.name}' refuses its options: {error}. Correct or leave them out.") from error
 
 
 def _device(name: torch.device | str) -> torch.device:

@@ -183,7 +183,8 @@ class SetWeights(Stage):
 
     def run(self, state: "State", env: "Env") -> Iterator[None]:
         POLICIES[self.policy](self, state, env)
-        state.bill("scoring", self.samples(state.clock), env.task.example, passes=1)
+        # `rescale` shows a batch to both networks and to each rescaled layer once more.
+        state.bill("scoring", self.samples(state.clock), env.task.example, passes=3 if self.policy == "rescale" else 1)
         state.memory = {}
         state.zero_removed()
         yield from ()

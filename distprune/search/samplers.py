@@ -45,7 +45,7 @@ def constrained_rl(
     wall: bool = False,
     learn: bool = True,
 ) -> BudgetSampler:
-    """A policy proposes what every layer keeps under the search's budget, and `base` the rest. The last trial is the policy's end.
+    """A policy proposes what every layer keeps under the search's budget, and `base` the rest. The last of limits.trials is the policy's end.
 
     It learns from every `batch` trials by PPO-Lagrangian; `wall` keeps each proposal within the budget; without `learn` it only explores.
     """

@@ -11,10 +11,11 @@ import torch
 from distprune.core import registry
 from distprune.core.allocators.constrained_rl import count
 from distprune.core.costs import Subject
+from distprune.core.hooks.functional_prior import check_priors
 from distprune.core.legality import fixed_sparsity
 from distprune.core.recipe import Recipe
 from distprune.core.registry import Choice
-from distprune.core.run import Run, check_fits, prepare
+from distprune.core.run import Run, check_fits, check_options, prepare
 from distprune.errors import UserError
 from distprune.search.budgeted import ALLOCATOR
 from distprune.search.config import Search
@@ -64,19 +65,26 @@ def set_up(search: Search) -> Setup:
             dense.state.units(granularity, dense.env.task.example).check(space.highest)
     per_epoch = dense.env.task.steps_per_epoch(dense.recipe.train.batch_size)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    _leave_out(space, dense, per_epoch)
+    _leave_out(space, dense, per_epoch, priors="regularizer" in search.space)
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     costs = [space.build(study.ask()).plan(per_epoch).cost for _ in range(_LOOKED_AT)]
     return Setup(search, space, dense.state.masks.total, dense.plan.cost, sum(costs) // len(costs), max(costs), budgets)
 
 
-def _leave_out(space: Space, dense: Run, per_epoch: int) -> None:
-    """Try the first recipe of each paradigm on the network: some need parts that it may not have."""
+def _leave_out(space: Space, dense: Run, per_epoch: int, *, priors: bool) -> None:
+    """Try the first recipe of each paradigm on the network: some need parts that it may not have.
+
+    Options are tried with every candidate, and priors too where they are asked for by name: wrong ones are raised.
+    """
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     first: dict[str, Recipe] = {}
     for parameters in space.covering():
         study.enqueue_trial(parameters)
         recipe = space.build(study.ask())
+        plan = recipe.plan(per_epoch)
+        check_options(plan, dense.state, dense.env)
+        if priors:
+            check_priors(plan, dense.state, dense.env)
         first.setdefault(recipe.paradigm.name, recipe)
     for recipe in first.values():
         plan = recipe.plan(per_epoch)
@@ -103,8 +111,8 @@ def _budgets(search: Search, space: Space, dense: Run) -> Budgets | None:
     if (granularity := space.budgeted) is None:
         if learns:
             raise UserError(
-                f"sampler '{name}' proposes the ratios of allocator '{ALLOCATOR}', which the space never has. "
-                f"Add {ALLOCATOR} to space.allocator, or write sampler: tpe."
+                f"sampler '{name}' proposes the ratios of allocator '{ALLOCATOR}', which the space never searches. "
+                f"Add {ALLOCATOR} without keep to space.allocator, or write sampler: tpe."
             )
         return None
     if search.budget.measured and search.sampler.options.get("wall"):

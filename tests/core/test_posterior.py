@@ -170,3 +170,8 @@ def test_the_mean_is_better_than_its_samples() -> None:
 def test_options_that_make_no_sense_say_why(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         recipe({**SHORT, **options}).plan(10)
+
+
+def test_a_chain_without_temperature_is_refused_before_anything_is_trained() -> None:
+    with pytest.raises(UserError, match="optimizer.friction and optimizer.temperature must be above 0, got 0.01 and 0.0"):
+        ready({**SHORT, "temperature": 0.0})

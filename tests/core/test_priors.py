@@ -334,3 +334,8 @@ def test_a_run_goes_on_from_any_report_with_the_same_bits(options: dict[str, Any
 def test_options_that_make_no_sense_say_why(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         _prior(**options)
+
+
+def test_a_prior_that_is_not_for_the_network_is_refused_before_anything_is_trained() -> None:
+    with pytest.raises(UserError, match="family 'gpi_nf' is for networks of at most 100,000 weights"):
+        ready("finetune", 0.9, model={"name": "mlp", "hidden": [4000]}, regularizer={"name": "functional_prior", "family": "gpi_nf"})

@@ -85,6 +85,20 @@ def test_draws_have_the_variance_of_their_fan_in() -> None:
     assert all(torch.equal(value, first[name]) for name, value in state.values().items()), "a stream of its own"
 
 
+def test_what_is_not_trained_is_not_drawn() -> None:
+    def build() -> nn.Module:
+        network = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4), nn.Linear(4, 3))
+        network[1].requires_grad_(False)
+        network[2].bias.requires_grad_(False)
+        return network
+
+    state, env = _ready(build, torch.randn(4, 6), torch.zeros(4, dtype=torch.long))
+    before = state.values()
+    _do(state, env, "draw", sigma_w=1.5, sigma_b=0.5)
+    stayed = {name for name, value in state.values().items() if torch.equal(value, before[name])}
+    assert stayed == {"1.weight", "1.bias", "2.bias"}
+
+
 # Pruning deep networks.
 
 

@@ -88,6 +88,14 @@ def test_on_the_way_to_its_sparsity_the_ratios_are_proportions() -> None:
         allocate(registry.allocator.choose("constrained_rl", keep={"c": 1.0}), layers, 41)
 
 
+def test_ratios_of_layers_that_are_not_there_are_refused_before_anything_is_trained(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="Unknown layer in allocator.keep: 'c'"):
+        prepare(recipe(allocator={"name": "constrained_rl", "keep": {"c": 0.1}}))
+    space = {**MIXED, "allocator": ["constrained_rl", {"name": "per_layer", "shares": {"c": 0.1}}]}
+    with pytest.raises(UserError, match="Unknown layer in allocator.shares: 'c'"):
+        start(budgeted(tmp_path, space=space))
+
+
 def test_a_mixed_search_ends_on_the_budget_and_hands_out_nothing_above_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     handed_out: list[dict[int, Any]] = []
     monkeypatch.setattr(driver, "finalize", lambda folder, book: handed_out.append(book.front))

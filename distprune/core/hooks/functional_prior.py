@@ -21,6 +21,7 @@ from distprune.errors import UserError
 
 if TYPE_CHECKING:
     from distprune.core.executor import Env
+    from distprune.core.plan import Plan
     from distprune.core.state import State
     from distprune.core.task import Task
 
@@ -98,6 +99,12 @@ class FunctionalPrior(Hook):
             _MATCHED[key] = rows
         return _MATCHED[key]
 
+    def check(self, model: nn.Module, env: "Env") -> None:
+        """Raise UserError for a network that the family is not for, or of which no functions can be drawn."""
+        with global_stream(env.seed, "functional prior"), torch.no_grad():
+            prior = family(self.family, layers_of(model), env.device)
+            functions_of(untrained(model), prior, measurement_points(env.task, 2), 2)
+
     def _content(self, network: nn.Module, prior: Family, points: Any, env: "Env") -> str:
         """What the result depends on, functions of the network among it: classes of one name may compute different things."""
         with global_stream(env.seed, "functional prior", 0), torch.no_grad():
@@ -105,6 +112,12 @@ class FunctionalPrior(Hook):
             values = functions_of(network, prior, inputs, 2)
         seen = hashlib.sha256(inputs.cpu().numpy().tobytes() + values.cpu().numpy().tobytes()).hexdigest()
         return digest(self, seen, str(network), env.seed, env.task.steps_per_epoch(1), torch.get_num_threads(), str(env.device))
+
+
+def check_priors(plan: "Plan", state: "State", env: "Env") -> None:
+    """Try the priors of a plan on its network, before anything is trained."""
+    for hook in {hook for stage in plan.stages for hook in getattr(stage, "hooks", ()) if isinstance(hook, FunctionalPrior)}:
+        hook.check(state.model, env)
 
 
 def untrained(model: nn.Module) -> nn.Module:
