@@ -24,7 +24,7 @@ from torch import nn
 from distprune.core import registry
 from distprune.core.allocators.constrained_rl import count
 from distprune.core.budgets import allocate, layers_of, top_masks
-from distprune.core.costs import Subject
+from distprune.core.costs import price
 from distprune.core.executor import execute
 from distprune.core.masks import Masks
 from distprune.core.recipe import Recipe
@@ -54,12 +54,10 @@ class Bench:
         for report in execute(self.run.plan, self.run.state, self.run.env):
             self.dense = report.metrics["accuracy"]
         state = self.run.state
-        sizes = {name: weight.numel() for name, weight in state.weights.items()}
-        flops = state.layer_flops(self.run.env.task.example)
-        entry = registry.cost.choose(cost)
+        known, shapes = price(registry.cost.choose(cost), self.run.env.profile), self.run.env.profile.shapes
         self.scores = {name: weight.detach().abs() for name, weight in state.weights.items()}
         self.layers = layers_of(state.units(registry.WEIGHT, self.run.env.task.example).shapes)
-        self.budgets = Budgets(self.layers, lambda counts: float(entry(Subject.of(counts, sizes, flops))), most)
+        self.budgets = Budgets(self.layers, lambda counts: known.share(counts, shapes), most)
         split = self.run.env.task.dataset.validation  # type: ignore[attr-defined]
         self._inputs, self._labels = self.run.env.task.normalise(split.inputs[:VALIDATION]), split.labels[:VALIDATION]  # type: ignore[attr-defined]
 

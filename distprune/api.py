@@ -15,6 +15,7 @@ from distprune.core.masks import Masks
 from distprune.core.recipe import Recipe
 from distprune.core.run import Run
 from distprune.environment import environment
+from distprune.errors import UserError
 
 # A recipe runs where only torch is installed: what needs Ray, Optuna or Arrow is imported by the calls that use it.
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from distprune.result import Result
     from distprune.search.config import Search
     from distprune.search.driver import Listener
+    from distprune.search.replay import Replay
 
 
 def quiet(event: str, facts: dict[str, Any]) -> None:
@@ -91,18 +93,30 @@ def search(
     storage: str | None = None,
     limits: Mapping[str, Any] | None = None,
     address: str | None = None,
+    simulate: str | Path | None = None,
+    workers: int | None = None,
     listen: "Listener" = quiet,
 ) -> "Result":
     """Run a search to its end, on this machine or on the Ray cluster at `address`.
 
+    `simulate` is a run folder whose finished trials answer for the search's own, on `workers` and a virtual clock: nothing is trained.
     Raises UserError, before anything is written, for whatever in it cannot be done.
     """
     from distprune.result import Result
     from distprune.search import driver
     from distprune.search.config import Search
-    from distprune.search.runner import Ray
 
     found = Search.load(config, name=name, storage=storage, limits=limits)
+    if simulate is not None:
+        from distprune.search.recorded import Recorded
+
+        if address is not None:
+            raise UserError(f"A simulated search runs in this process and needs no cluster, got address {address!r}. Leave it out.")
+        return Result(driver.simulate(found, recorded=Recorded(simulate), workers=workers, listen=listen).path)
+    if workers is not None:
+        raise UserError(f"workers are those of a simulated search, got {workers}. Write workers: {{most: {workers}}} in the file.")
+    from distprune.search.runner import Ray
+
     return Result(driver.start(found, engine=Ray(address, listen), listen=listen).path)
 
 
@@ -115,6 +129,16 @@ def resume(
     from distprune.search.runner import Ray
 
     return Result(driver.resume(path, limits=limits or {}, engine=Ray(address, listen), listen=listen).path)
+
+
+def replay(path: str | Path, trial: int, *, device: str | None = None, listen: "Listener" = quiet) -> "Replay":
+    """Run a trial of a run folder again from nothing and compare it with its record, bit by bit.
+
+    `device` is by default the one that the trial ran on. Raises UserError for a folder or trial that cannot be replayed.
+    """
+    from distprune.search import replay as again
+
+    return again.replay(path, trial, device=device, listen=listen)
 
 
 def sanity(

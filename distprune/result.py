@@ -1,6 +1,7 @@
 """The result of a search, read from its run folder; the search may still be running."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from distprune.report.sanity import Sanity
+    from distprune.search.replay import Replay
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,12 @@ class TrialResult:
 
         return sanity(self.folder.path, trial=self.number, seeds=seeds, device=device)
 
+    def replay(self, *, device: str | None = None) -> "Replay":
+        """Run it again from nothing and compare it with its record. Raises UserError if it cannot be replayed."""
+        from distprune.api import replay
+
+        return replay(self.folder.path, self.number, device=device)
+
     def export(self, to: str | Path) -> Path:
         """Write masks, pruned weights, a stand-alone model and a manifest to the new folder `to`; UserError if no weights are left."""
         from distprune.export.network import export
@@ -74,11 +82,25 @@ class Result:
         """All trials in order."""
         return [TrialResult(self.folder, row) for row in self.trials.to_pylist()]
 
+    def trial(self, number: int) -> TrialResult:
+        """The trial of that number. Raises UserError if there is none."""
+        rows = self.rows()
+        if not 0 <= number < len(rows):
+            raise UserError(f"{self.folder.path} has no trial {number}. Its trials are 0 to {len(rows) - 1}.")
+        return rows[number]
+
     def pareto(self) -> list[TrialResult]:
         """The front on validation, the most accurate first."""
         return sorted(
             (trial for trial in self.rows() if trial.row["pareto"]), key=lambda trial: (-trial.row["objective"], trial.row["kept"])
         )
+
+    def hypervolume(self) -> float:
+        """Of the front, over the objective and the tenfold reductions of prunable weights, both from 0: one at 1 % with 0.9 is 1.8."""
+        from distprune.search.volume import hypervolume
+
+        points = [(float(trial.row["objective"]), -math.log10(1 - trial.row["sparsity"])) for trial in self.pareto()]
+        return hypervolume(points, (0.0, 0.0))
 
     def best(self, *, trial: int | None = None, max_density: float | None = None) -> TrialResult:
         """The most accurate trial of the front on validation, among those that keep at most a share `max_density` of the weights;

@@ -70,7 +70,7 @@ def test_nothing_is_unpickled() -> None:
 
 
 COMMANDS = {
-    "search": {"config", "name", "storage", "trials", "address"},
+    "search": {"config", "name", "storage", "trials", "address", "simulate", "workers"},
     "resume": {"run", "trials", "cost", "wall", "address"},
     "run": {"config", "to", "device"},
     "plan": {"config"},
@@ -78,6 +78,7 @@ COMMANDS = {
     "list": {"kind"},
     "report": {"run"},
     "export": {"run", "to", "trial", "max_density"},
+    "replay": {"run", "trial", "device"},
     "sanity": {"run", "trial", "seeds", "device", "to"},
     "submit": {"config", "address", "name", "storage", "trials", "follow"},
     "status": {"job", "address"},

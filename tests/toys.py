@@ -1,9 +1,12 @@
 """Small parts for tests: a data set and networks, reached from recipes as `import: "toys:name"`."""
 
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import nn
@@ -73,6 +76,26 @@ def raises(shape: tuple[int, int, int], classes: int) -> nn.Module:
 def sometimes_explodes(parameters: Any, *, lr: Annotated[float, Choices(0.05, 1e12)] = 0.05) -> torch.optim.Optimizer:
     """SGD at a rate that is sometimes absurd."""
     return torch.optim.SGD(parameters, lr=lr)
+
+
+def fate(parameters: Any, *, kind: Literal["lives", "dies", "dies once", "hangs"] = "lives", folder: str = "") -> torch.optim.Optimizer:
+    """SGD whose 25th step may be the end of its worker; `folder` remembers that one has died."""
+
+    class Fate(torch.optim.SGD):
+        def step(self, closure: Any = None) -> None:
+            super().step(closure)
+            Fate.steps += 1
+            mark = Path(folder) / kind
+            if Fate.steps != 25 or kind == "lives" or (kind == "dies once" and mark.exists()):
+                return
+            mark.touch()
+            if kind == "hangs":
+                time.sleep(1000)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        steps = 0
+
+    return Fate(parameters, lr=0.05)
 
 
 def nothing(shape: tuple[int, int, int], classes: int) -> nn.Module:

@@ -26,14 +26,26 @@ Storage = Annotated[str | None, typer.Option(help="Folder of run folders, in pla
 
 
 @app.command()
-def search(config: Config, name: Name = None, storage: Storage = None, trials: Trials = None, address: Address = None) -> None:
+def search(
+    config: Config,
+    name: Name = None,
+    storage: Storage = None,
+    trials: Trials = None,
+    address: Address = None,
+    simulate: Annotated[
+        Path | None, typer.Option(help="Run folder whose finished trials answer for this search's: nothing is trained.", show_default=False)
+    ] = None,
+    workers: Annotated[int | None, typer.Option(help="Trials at once of a simulated search.", show_default=False)] = None,
+) -> None:
     """Run a search and end with its Pareto table."""
     from distprune import api
     from distprune.cli.progress import Display
 
     limits = {"trials": trials} if trials is not None else None
     with Display() as display:
-        result = api.search(config, name=name, storage=storage, limits=limits, address=address, listen=display)
+        result = api.search(
+            config, name=name, storage=storage, limits=limits, address=address, simulate=simulate, workers=workers, listen=display
+        )
     display.close_with(result)
 
 
@@ -118,6 +130,21 @@ def export(
 
     best = Result(run).best(trial=trial, max_density=max_density)
     print(f"trial {best.number} exported to {best.export(to)}")
+
+
+@app.command()
+def replay(
+    run: RunArgument,
+    trial: Annotated[int, typer.Argument(help="Number of a trial.", show_default=False)],
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; by default where the trial ran.", show_default=False)] = None,
+) -> None:
+    """Run a trial again from nothing and compare it with its record, bit by bit: exit code 0 if it is the same, 1 if not."""
+    from distprune import api
+    from distprune.cli.progress import replayed
+
+    outcome = api.replay(run, trial, device=device, listen=replayed)
+    print("\n".join(outcome.lines()))
+    raise typer.Exit(0 if outcome.same else 1)
 
 
 @app.command()

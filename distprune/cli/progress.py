@@ -5,6 +5,7 @@ import time
 from types import TracebackType
 from typing import Any
 
+from distprune.core.costs import label
 from distprune.errors import command
 
 _PLAIN_EVERY_S = 5.0
@@ -19,6 +20,7 @@ class Display:
         self._live = sys.stdout.isatty()
         self._started = self._shown = time.monotonic()
         self._folder: Any = None
+        self._costs: list[str] = []  # that are minimized
         self._held = 0  # trials that had ended before this driver began
 
     def __enter__(self) -> "Display":
@@ -36,18 +38,32 @@ class Display:
     def _on_checking(self, search: Any) -> None:
         print(f"{search.name}: reading the data and building the network", flush=True)
 
+    def _on_recorded(self, run: str, trials: int, usable: int, scored: int) -> None:
+        print(f"simulated from {run}: {usable} of its {trials} trials are finished and answer, {scored} of them were scored at rungs")
+
     def _on_damaged(self, message: str) -> None:
         print(message, flush=True)
+
+    def _on_disk(self, message: str) -> None:
+        print(f"\r\033[K{message}" if self._live else message, flush=True)
+
+    def _on_gave_up(self, reason: str, folder: Any) -> None:
+        print(f"\r\033[KStopped early: {reason}" if self._live else f"Stopped early: {reason}")
+        print(f"Nothing is lost. When it is put right, go on with: {command(f'resume {folder.path}')}", flush=True)
 
     def _on_running(self, setup: Any, found: dict[str, int], folder: Any) -> None:
         search = setup.search
         self._folder, self._held = folder.path, found["ended"] + found["told now"]
+        self._costs = [label(cost) for cost in search.minimize]
         sizes = ", ".join(f"{len(candidates)} {PLURAL.get(axis, axis + 's')}" for axis, candidates in setup.space.axes.items())
         print(f"space: {sizes}; {setup.total:,} prunable weights")
         print(f"{search.limits.trials} trials of about {setup.mean_cost:,} samples, less what is stopped")
         if any(found.values()):
             print("found: " + ", ".join(f"{count} {kind}" for kind, count in found.items()))
         print(f"results go to {folder.path}", flush=True)
+
+    def _on_finalists(self, repeats: int) -> None:
+        print(f"\r\033[K{repeats} repeats of finalists" if self._live else f"{repeats} repeats of finalists", flush=True)
 
     def _on_starting(self, address: str | None) -> None:
         print(f"joining Ray at {address}" if address else "starting Ray", flush=True)
@@ -70,11 +86,13 @@ class Display:
         ended = summary["born"] - running
         most = max(summary["most"], summary["born"])  # a resume may lower the limit below what was begun
         parts = [f"{ended}/{most} trials done", f"{running} running", f"{ends['stopped']} stopped"]
-        failed = ends["error"] + ends["nan"] + ends["oom"]
+        failed = sum(ends[end] for end in ("error", "nan", "oom", "timeout", "lost"))
         if failed:
             parts.append(f"{failed} failed")
         if summary["best"]:
-            parts.append(f"best {summary['best'][0]:.4f} with {-summary['best'][1]:,.0f} weights")
+            score, *shares = summary["best"]
+            of = ", ".join(f"{-share:.1%} of {name}" for share, name in zip(shares, self._costs, strict=True))
+            parts.append(f"best {score:.4f} with {of}" if of else f"best {score:.4f}")
         parts.append(f"front {summary['front']}")
         done = ended - self._held
         if done > 0:
@@ -95,6 +113,12 @@ class Display:
         from distprune.report.tables import show_result
 
         show_result(result)
+
+
+def replayed(event: str, facts: dict[str, Any]) -> None:
+    """A line a report of a trial that is replayed."""
+    if facts["row"]["objective"] is not None:
+        print(f"{facts['share']:4.0%}  report {facts['row']['index']}  objective {facts['row']['objective']:.4f}", flush=True)
 
 
 class Lines:

@@ -15,6 +15,8 @@ from distprune.core.options import check_type
 from distprune.core.registry import Choice
 from distprune.errors import UserError, unknown
 
+_TABLE_OF = {"sparsity_of": "cost"}  # fields that are not called like their table
+
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The mapping in a YAML file. Raises UserError if there is none."""
@@ -55,7 +57,7 @@ def _read(kind: Any, name: str, value: Any, where: str) -> Any:
     if isinstance(kind, UnionType) and type(None) in (parts := typing.get_args(kind)) and any(hasattr(part, "read") for part in parts):
         return None if value is None else _read(parts[0], name, value, where)
     if kind is Choice:
-        return registry.TABLES[name].read(value, where)
+        return registry.TABLES[_TABLE_OF.get(name, name)].read(value, where)
     if hasattr(kind, "read"):
         return kind.read(value, where)
     return check_type(value, kind, where)

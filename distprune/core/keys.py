@@ -12,7 +12,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from distprune.core.plan import Plan
+from distprune.core.plan import Plan, Stage
 from distprune.core.registry import Choice
 
 VERSION = 1  # of the scheme: a change of it is a change of every key
@@ -43,20 +43,39 @@ def digest(*parts: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def keys(root: str, plan: Plan) -> list[str]:
-    """The key of the state after each stage of `plan`; `root` is the key of the state before the first."""
-    after: list[str] = []
-    base = root  # the key before the trajectory that the current stage belongs to
+@dataclasses.dataclass(frozen=True)
+class Link:
+    """A stage of a plan, as the key after it sees it."""
+
+    base: str  # the key before the trajectory that it belongs to
+    whole: Stage  # the trajectory up to its end, as one stage
+    reads: tuple[str, ...]  # keys of the snapshots that it reads
+    after: str  # the key after it
+
+    def at(self, whole: Stage) -> str:
+        """The key of another point of the trajectory, where `whole` is what was done of it."""
+        return digest(self.base, whole, *self.reads)
+
+
+def chain(root: str, plan: Plan) -> list[Link]:
+    """What the keys of the stages of `plan` are made of; `root` is the key of the state before the first."""
+    links: list[Link] = []
+    base = root
     snapshots: dict[str, str] = {}
     for index, stage in enumerate(plan.stages):
-        previous = after[-1] if after else root
+        previous = links[-1].after if links else root
         if stage.writes:
             snapshots[stage.writes] = previous
-            after.append(previous)
+            links.append(Link(base, stage, (), previous))
             continue
         joined = plan.joined(index)
         if joined is None:
             base = previous
-        reads = [snapshots[stage.reads]] if stage.reads else []
-        after.append(digest(base, joined or stage, *reads))
-    return after
+        reads = (snapshots[stage.reads],) if stage.reads else ()
+        links.append(Link(base, joined or stage, reads, digest(base, joined or stage, *reads)))
+    return links
+
+
+def keys(root: str, plan: Plan) -> list[str]:
+    """The key of the state after each stage of `plan`; `root` is the key of the state before the first."""
+    return [link.after for link in chain(root, plan)]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from distprune.core.edits.fuse import Fuse
 from distprune.core.plan import Plan, Stage
-from distprune.core.registry import Choice
+from distprune.core.registry import PARAMS, Choice
 from distprune.core.stages import Prune, SetWeights, Train
 from distprune.errors import UserError
 
@@ -21,7 +21,7 @@ def violations(recipe: "Recipe") -> dict[str, str]:
     """Why a recipe makes no sense: field to blame -> one line; empty if it does."""
     facts = recipe.paradigm.entry.facts
     uses = facts["uses"]
-    found = _penalty(recipe) | ({} if "sparsity" in uses else _prunes_nothing(recipe))
+    found = _penalty(recipe) | _measured(recipe.sparsity_of) | ({} if "sparsity" in uses else _prunes_nothing(recipe))
     if "sparsity" not in uses:
         return found
     name = recipe.paradigm.name
@@ -34,6 +34,8 @@ def violations(recipe: "Recipe") -> dict[str, str]:
             f"paradigm '{name}' works on granularity {' or '.join(legal)}, got '{recipe.granularity.name}'. "
             f"Write granularity: {legal[0]}, or choose another paradigm."
         )
+    if recipe.sparsity_of != PARAMS:
+        found |= _other_cost(recipe)
     if "criterion" in uses:
         found |= mismatches(recipe.criterion, recipe.allocator, recipe.granularity, recipe.sparsity)
         found |= _at_init(recipe) if facts["mask"] == "init" else {}
@@ -45,6 +47,35 @@ def violations(recipe: "Recipe") -> dict[str, str]:
                 "Choose uniform, erk, power, smart_ratio or per_layer."
             )
     return found
+
+
+def _measured(sparsity_of: Choice) -> dict[str, str]:
+    if not sparsity_of.entry.facts["measured"]:
+        return {}
+    return {
+        "sparsity_of": f"sparsity_of must be a function of the masks, and '{sparsity_of.name}' is measured: masks would depend on noise, "
+        "and a resumed run would not have the same bits. Write sparsity_of: flops; in a search it can be minimized or have a budget."
+    }
+
+
+def _other_cost(recipe: "Recipe") -> dict[str, str]:
+    """Of a sparsity that is not of the weights."""
+    name, granularity = recipe.sparsity_of.name, recipe.granularity
+    if recipe.paradigm.entry.facts["moves"]:
+        return {"granularity": _moves(recipe.paradigm.name, name)}
+    if fixed_sparsity(granularity) is not None:
+        return {
+            "granularity": f"granularity '{granularity.name}' keeps a pattern of each layer's weights, so its sparsity is of these, got "
+            f"sparsity_of '{name}'. Write sparsity_of: params, or granularity: weight."
+        }
+    return {}
+
+
+def _moves(paradigm: str, cost: str) -> str:
+    return (
+        f"paradigm '{paradigm}' moves weights between layers while their number stays, which does not hold a budget of '{cost}'. "
+        "Write sparsity_of: params, or take set or rigl."
+    )
 
 
 def mismatches(criterion: Choice, allocator: Choice, granularity: Choice, sparsity: float) -> dict[str, str]:
@@ -61,7 +92,7 @@ def mismatches(criterion: Choice, allocator: Choice, granularity: Choice, sparsi
     return found
 
 
-def check_plan(plan: Plan, name: str) -> Plan:
+def check_plan(plan: Plan, name: str, sparsity_of: Choice = PARAMS) -> Plan:
     """Return `plan` if its stages make sense in their order. Raises UserError otherwise."""
     written: set[str] = set()
     trained, regrown, finished, fused = False, False, True, False
@@ -80,6 +111,8 @@ def check_plan(plan: Plan, name: str) -> Plan:
         if isinstance(stage, Train):
             trained |= stage.train == "weights"
             regrown |= any(hook.regrows for hook in stage.hooks)
+            if sparsity_of != PARAMS and any(hook.moves for hook in stage.hooks):
+                raise UserError(_moves(name, sparsity_of.name))
             finished |= stage.train == "weights"
         elif isinstance(stage, Prune):
             if regrown:

@@ -1,11 +1,17 @@
-"""The one training loop. What would want an `if` in it is a hook."""
+"""The one training loop. What would want an `if` in it is a hook.
+
+Where memory is short, the gradient of a step is summed over parts of its batch (`Task.micro_batch`) and is the mean over the batch all the
+same, up to rounding; hooks see it once and whole. Only batch normalisation, which takes its statistics from what passes through it at
+once, sees the parts, and dropout draws for each part anew.
+"""
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from distprune.core.allocation import fits
 from distprune.core.hooks.hook import slot, viewed
 from distprune.core.streams import stream_seed
 from distprune.errors import UserError
@@ -49,10 +55,7 @@ def train(stage: "Train", state: "State", env: "Env") -> Iterator[None]:
 
         model.zero_grad(set_to_none=True)
         with viewed(stage.hooks, state, env, train=True):
-            with env.autocast():
-                loss = task.loss(model, batch)
-            loss.backward()  # type: ignore[no-untyped-call]
-        losses.append(loss.detach())
+            losses.append(_backward(state, env, batch))
         if device.type == "cpu" or len(losses) == _CHECK_EVERY:
             _check_finite(losses, state)
         state.bill("training", task.samples(batch), task.example)
@@ -66,11 +69,29 @@ def train(stage: "Train", state: "State", env: "Env") -> Iterator[None]:
         state.clock += 1
         if any([hook.step(memory, state, env) for hook, memory in hooks]):
             break
-        if state.clock % env.report_every == 0 and stage.goes_on(state):
+        if stage.reports_now(state, env):
             _check_finite(losses, state)
             yield
             model.train()
     _check_finite(losses, state)
+
+
+def _backward(state: "State", env: "Env", batch: Any) -> torch.Tensor:
+    """Add the gradient of the mean loss over a batch to the parameters' and return that loss, part by part where memory is short."""
+    task, samples = env.task, env.task.samples(batch)
+    losses = []
+    for index, part in enumerate(task.parts(batch)):
+        if index:
+            env.seed_global(stream_seed(env.seed, "noise", state.lap, state.clock, index))
+        size = task.samples(part)
+        with fits(size):
+            with env.autocast():
+                loss = task.loss(state.model, part)
+            if size < samples:
+                loss = loss * (size / samples)
+            loss.backward()  # type: ignore[no-untyped-call]
+        losses.append(loss.detach())
+    return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
 
 def _check_finite(losses: list[torch.Tensor], state: "State") -> None:

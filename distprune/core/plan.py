@@ -49,6 +49,10 @@ class Stage(ABC):
         """Called once, when the stage is done."""
         return
 
+    def reports_now(self, state: "State", env: "Env") -> bool:
+        """Whether `run`, having come to where the state stands, reports there."""
+        return False
+
     def viewing(self, state: "State", env: "Env") -> AbstractContextManager[None]:
         """The context in which the network is measured while the stage runs."""
         return nullcontext()
@@ -84,6 +88,10 @@ class Plan:
         """Whether a later stage continues this one."""
         later = next((i for i in range(index + 1, len(self.stages)) if not self.stages[i].writes), None)
         return later is not None and self.joined(later) is not None
+
+    def is_measured(self, index: int) -> bool:
+        """Whether there is a report after the stage: not where a later one continues it, which reports as the whole would."""
+        return self.stages[index].measured and not self.is_continued(index)
 
     def costs(self) -> list[int]:
         """Samples billed by each stage."""

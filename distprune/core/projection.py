@@ -6,21 +6,32 @@ fresh batch-norm statistics, and measured. Where the recipe learns masks over fr
 """
 
 import copy
+from typing import NamedTuple
 
 import torch
 
+from distprune.core.costs import counted, subject_of
 from distprune.core.edits.fuse import Fuse
 from distprune.core.executor import Env
 from distprune.core.plan import Plan
 from distprune.core.recipe import Recipe
+from distprune.core.registry import Choice
 from distprune.core.stages import Prune, Train, calibrate
 from distprune.core.state import Ledger, State
 
 _CALIBRATION_BATCHES = 5
 
 
-def project(state: State, recipe: Recipe, plan: Plan, env: Env, *, recovery: int) -> tuple[float, int]:
-    """(score, samples spent): the objective on validation of a copy projected onto the final budget. The state is left as it was.
+class Projection(NamedTuple):
+    """What a run would be worth."""
+
+    score: float  # the objective on validation
+    spent: int  # samples
+    costs: dict[str, float | None]  # shares of the dense network, of all costs that are functions of the masks
+
+
+def project(state: State, recipe: Recipe, plan: Plan, env: Env, *, recovery: int, costs: tuple[Choice, ...] = ()) -> Projection:
+    """Score and costs of a copy projected onto the final budget; `costs` are counted besides the table's. The state is left as it was.
 
     `recovery` steps are trained at the rate of the middle of the schedule, where half of the learning rate is left, without hooks.
     """
@@ -37,7 +48,7 @@ def project(state: State, recipe: Recipe, plan: Plan, env: Env, *, recovery: int
             if isinstance(stage, Fuse):
                 for _ in stage.run(scratch, env):
                     pass
-        if recipe.sparsity > scratch.sparsity + 1e-9:
+        if recipe.sparsity and recipe.sparsity > scratch.units(recipe.granularity, env.task.example).sparsity(scratch.masks) + 1e-9:
             ahead = [stage for stage in plan.stages if isinstance(stage, Prune) and stage.sparsity == recipe.sparsity]
             for _ in (ahead[-1] if ahead else recipe.prune(recipe.sparsity)).run(scratch, env):
                 pass
@@ -51,4 +62,5 @@ def project(state: State, recipe: Recipe, plan: Plan, env: Env, *, recovery: int
         calibrate(scratch, env, _CALIBRATION_BATCHES, config.batch_size)
         with env.autocast():
             metrics = env.task.metrics(scratch.model, "validation")
-    return metrics[env.task.objective], scratch.ledger.cost + _CALIBRATION_BATCHES * recipe.train.batch_size
+    spent = scratch.ledger.cost + _CALIBRATION_BATCHES * recipe.train.batch_size
+    return Projection(metrics[env.task.objective], spent, counted(subject_of(scratch, recipe, env), costs))

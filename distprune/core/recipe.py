@@ -46,6 +46,7 @@ class Recipe:
     data: Choice
     paradigm: Choice
     sparsity: float = 0.0
+    sparsity_of: Choice = registry.PARAMS  # the cost that sparsity is a share of: params, flops, memory
     criterion: Choice = field(default_factory=lambda: registry.criterion.choose("magnitude"))
     allocator: Choice = field(default_factory=lambda: registry.allocator.choose("global"))
     granularity: Choice = field(default_factory=lambda: registry.granularity.choose("weight"))
@@ -153,7 +154,7 @@ class Recipe:
             raise
         except Exception as error:  # a user's function may raise anything
             raise UserError(f"paradigm '{self.paradigm.name}' cannot make a plan: {type(error).__name__}: {error}") from error
-        return check_plan(plan, self.paradigm.name)
+        return check_plan(plan, self.paradigm.name, self.sparsity_of)
 
 
 def _plain(value: Any) -> Any:

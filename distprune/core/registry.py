@@ -196,7 +196,8 @@ regularizer = Table("regularizer", "distprune.core.hooks", grows=False)
 # uses: the axes that a paradigm looks at. The row of the survey's table (arXiv 2103.06460) that it fills: branch of the taxonomy, mask:
 # where the mask comes from, values: where the kept values come from, after: what is done to the sparse network.
 # scores: masks come from scores that it makes itself; trains: weights are trained, so optimizer and regularizer matter;
-# grows: it grows a penalty of its own; granularities: the only legal ones, () for all.
+# grows: it grows a penalty of its own; granularities: the only legal ones, () for all;
+# moves: weights move between layers while their number stays, so that no other cost does.
 paradigm = Table(
     "paradigm",
     "distprune.core.paradigms",
@@ -209,6 +210,7 @@ paradigm = Table(
     trains=True,
     grows=False,
     granularities=(),
+    moves=False,
 )
 # keeps_zeros: a weight at zero with a zero gradient and zeroed memory stays at zero; under others it is masked again after each step.
 # samples: it is a sampler, and is given the number of training samples after the parameters.
@@ -219,4 +221,5 @@ model = Table("model", "distprune.core.models", values_only=())
 data = Table("data", "distprune.core.data")
 # measured: it is measured on networks, where others are functions of how many weights are kept.
 cost = Table("cost", "distprune.core.costs", measured=False)
+PARAMS = Choice("cost", "params")
 task = Table("task", "distprune.core.tasks")

@@ -16,7 +16,7 @@ from distprune.core.keys import digest, keys
 from distprune.core.lengths import to_steps
 from distprune.core.plan import Plan
 from distprune.core.recipe import Recipe
-from distprune.core.registry import WEIGHT, Choice
+from distprune.core.registry import PARAMS, WEIGHT, Choice
 from distprune.core.scoring import Probe, unit_scores
 from distprune.core.stages import Prune, Train
 from distprune.core.state import State
@@ -50,7 +50,9 @@ def prepare(recipe: Recipe, *, device: torch.device | str = "cpu", report_every:
     per_epoch = task.steps_per_epoch(recipe.train.batch_size)
     build = functools.partial(build_model, recipe.model, task.shape, task.classes)
     untrained = {name: value for name, value in recipe.model.options.items() if name not in recipe.model.entry.facts["values_only"]}
-    state = State.new(build, seed=recipe.seed, device=device, include=recipe.include, exclude=recipe.exclude)
+    state = State.new(
+        build, seed=recipe.seed, device=device, include=recipe.include, exclude=recipe.exclude, sparsity_of=recipe.sparsity_of
+    )
     env = Env(
         task=task,
         build=functools.partial(build_model, replace(recipe.model, options=untrained), task.shape, task.classes),
@@ -58,7 +60,7 @@ def prepare(recipe: Recipe, *, device: torch.device | str = "cpu", report_every:
         device=device,
         report_every=max(to_steps(report_every or _some_epochs(recipe, per_epoch), steps_per_epoch=per_epoch), 1),
         precision=recipe.precision,
-        flops=state.layer_flops(task.example),
+        profile=state.profile(task.example),
     )
     plan = recipe.plan(per_epoch)
     check_options(plan, state, env)
@@ -149,17 +151,22 @@ def load_data(choice: Choice) -> Dataset:
     return _LOADED[text]
 
 
-def root_key(recipe: Recipe, device: torch.device) -> str:
-    """The key of a recipe's network before the first stage: all that the bits depend on besides the stages."""
+def root_key(recipe: Recipe, device: torch.device, threads: int | None = None) -> str:
+    """The key of a recipe's network before the first stage: all that the bits depend on besides the stages.
+
+    `threads` are those of the process that runs it, by default of this one.
+    """
+    counted = {"sparsity_of": recipe.sparsity_of} if recipe.sparsity_of != PARAMS else {}
     return digest(
         {
+            **counted,
             "model": recipe.model,
             "data": recipe.data,
             "task": recipe.task,
             "prunable": [recipe.include, recipe.exclude],
             "seed": recipe.seed,
             "precision": recipe.precision,
-            "threads": torch.get_num_threads() if device.type == "cpu" else 0,
+            "threads": (threads or torch.get_num_threads()) if device.type == "cpu" else 0,
             "device": device.type,
             "torch": torch.__version__.split("+")[0],
         }

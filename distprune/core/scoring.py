@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from distprune.core.allocation import fits
 from distprune.core.masks import Masks
 from distprune.core.registry import Choice
 from distprune.core.schedules import exponential
@@ -56,14 +57,17 @@ class Probe:
         return self._task
 
     def batch(self) -> Any:
-        """A random training batch, not augmented."""
-        return self.task.draw(self.generator, self._batch_size)
+        """A random training batch, not augmented; where memory is short its first part, for criteria that need a batch as one whole."""
+        return self.task.parts(self.task.draw(self.generator, self._batch_size))[0]
 
     def gradients(self, batches: int, loss: Callable[[nn.Module, Any], Tensor] | None = None) -> dict[str, Tensor]:
         """dL/dw of the prunable weights, the mean over `batches`; name -> shape of the weight."""
         self.model.zero_grad(set_to_none=True)
         for _ in range(batches):
-            ((loss or self.task.loss)(self.model, self.batch()) / batches).backward()  # type: ignore[no-untyped-call]
+            batch = self.task.draw(self.generator, self._batch_size)
+            for part in self.task.parts(batch):
+                share = self.task.samples(part) / self.task.samples(batch)
+                ((loss or self.task.loss)(self.model, part) * share / batches).backward()  # type: ignore[no-untyped-call]
         return {name: weight.grad if weight.grad is not None else torch.zeros_like(weight) for name, weight in self.weights.items()}
 
 
@@ -89,11 +93,12 @@ def choose_masks(
     Raises UserError for an infeasible budget or scores that are not finite.
     """
     units = units or Weights(masks)
-    start = masks.sparsity if nested else 0.0
+    start = units.sparsity(masks) if nested else 0.0
     units.check(sparsity)  # an infeasible target fails before any scoring
     for step in range(1, steps + 1):
         probe = Probe(model, task, masks, seed=seed, draw=(*draw, step), batch_size=batch_size, units=units)
-        with global_stream(seed, "scoring", *draw, step), torch.enable_grad():
+        limit = (task and task.micro_batch) or batch_size
+        with global_stream(seed, "scoring", *draw, step), torch.enable_grad(), fits(min(limit, batch_size)):
             scores = unit_scores(probe, criterion)
         masks = units.choose(scores, max(exponential(start, sparsity, step / steps), 0.0), allocator, masks if nested else None)
     return masks

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import nn
 
+from distprune.core.allocation import fits
 from distprune.core.hooks.hook import Hook, slot, viewed
 from distprune.core.hooks.updates import Gradual
 from distprune.core.loop import train
@@ -45,7 +46,8 @@ class Train(Stage):
         return self.until == (self.since or 0)
 
     def joined(self, before: Stage) -> "Train | None":
-        if isinstance(before, Train) and self.since is None and replace(before, until=self.until, since=None) == self:
+        continues = isinstance(before, Train) and self.since is None and not self.may_end_early  # what has ended is not gone on with
+        if isinstance(before, Train) and continues and replace(before, until=self.until, since=None) == self:
             return replace(self, since=before.since)
         return None
 
@@ -68,6 +70,9 @@ class Train(Stage):
         if self.spend is not None:
             return state.ledger.cost + int(self.config.batch_size) <= self.spend
         return state.clock < self.until
+
+    def reports_now(self, state: "State", env: "Env") -> bool:
+        return state.clock % env.report_every == 0 and self.goes_on(state)
 
     def horizon(self, state: "State") -> int:
         """The step at which the learning rate has come to its end."""
@@ -241,6 +246,8 @@ def calibrate(state: "State", env: "Env", batches: int, batch_size: int) -> None
     generator = stream(env.seed, "calibrate", state.lap, state.clock)
     with global_stream(env.seed, "calibrate", state.lap, state.clock), env.autocast():
         for _ in range(batches):
-            env.task.outputs(state.model, env.task.draw(generator, batch_size))
+            for part in env.task.parts(env.task.draw(generator, batch_size)):
+                with fits(env.task.samples(part)):
+                    env.task.outputs(state.model, part)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum

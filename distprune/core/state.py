@@ -2,7 +2,7 @@
 
 import copy
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -12,10 +12,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from distprune.core.costs import price
 from distprune.core.edits import structure
 from distprune.core.masks import Masks, prunable
-from distprune.core.metrics import flops, layer_flops
-from distprune.core.registry import Choice
+from distprune.core.metrics import Profile, flops, profile, shapes_of
+from distprune.core.registry import PARAMS, Choice
 from distprune.core.streams import global_stream
 from distprune.core.units import Network, Units
 from distprune.errors import UserError
@@ -63,6 +64,7 @@ class State:
     clock: int = 0  # steps: drives learning rate and data order
     lap: int = 0  # times that the clock was set back
     reports: int = 0  # reports made so far
+    sparsity_of: Choice = PARAMS  # the cost that budgets are a share of; no part of what is saved, like the network as it was built
 
     @classmethod
     def new(
@@ -73,18 +75,19 @@ class State:
         device: torch.device,
         include: Iterable[str] = ("*",),
         exclude: Iterable[str] = (),
+        sparsity_of: Choice = PARAMS,
     ) -> "State":
         """The state before the first stage: `build` is called under the seed's own random stream."""
         with global_stream(seed, "init"):
             model = build()
         model = model.to(device)
         weights = prunable(model, include=include, exclude=exclude)
-        return cls(model, weights, Masks.ones(weights))
+        return cls(model, weights, Masks.ones(weights), sparsity_of=sparsity_of)
 
     def __post_init__(self) -> None:
         self.total = self.masks.total  # prunable weights of the network as it was built: sparsity is counted against it
         self._masked: list[tuple[nn.Parameter, Tensor]] = []
-        self._layer_flops: dict[str, int] | None = None
+        self._profile: Profile | None = None
         self._units: dict[str, Units] = {}
         self._refresh()
 
@@ -94,14 +97,18 @@ class State:
         self._flops: tuple[float, float] | None = None  # of a forward pass: dense, and with zeros skipped
         self._masked = [(self.weights[name], mask.to(self.weights[name].dtype)) for name, mask in self.masks.items() if name not in full]
 
-    def layer_flops(self, example: Callable[[], Tensor]) -> dict[str, int]:
-        """FLOPs of a forward pass of one dense sample in each prunable layer; empty for a network that the counter cannot run."""
-        if self._layer_flops is None:
+    def profile(self, example: Callable[[], Tensor]) -> Profile:
+        """What the network's layers take for one dense sample; no more than shapes for a network that the counter cannot run."""
+        if self._profile is None:
             try:
-                self._layer_flops = layer_flops(self.model, example(), self.weights)
+                self._profile = profile(self.model, example(), self.weights)
             except Exception:  # the forward pass is the user's, and fails where it is trained, with its own words
-                self._layer_flops = {}
-        return self._layer_flops
+                self._profile = Profile(shapes_of(self.weights))
+        return self._profile
+
+    def layer_flops(self, example: Callable[[], Tensor]) -> Mapping[str, int]:
+        """FLOPs of a forward pass of one dense sample in each prunable layer; empty for a network that the counter cannot run."""
+        return self.profile(example).flops
 
     def bill(self, kind: Literal["training", "scoring"], samples: int, example: Callable[[], Tensor], *, passes: int = TRAINING) -> None:
         """Enter `samples` into the ledger; FLOPs are counted on `example`, and a sample costs `passes` forward passes."""
@@ -158,7 +165,7 @@ class State:
         self.weights = {name: weight for name, weight in prunable(self.model).items() if name in names}
         kept = {name: mask for name, mask in self.masks.items() if name in self.weights.keys() - new}
         self.masks = Masks({**Masks.ones(self.weights), **kept})
-        self._layer_flops, self._units = None, {}
+        self._profile, self._units = None, {}
         self._refresh()
 
     @torch.no_grad()
@@ -182,7 +189,10 @@ class State:
         """What a granularity removes as one in this network, worked out once. Raises UserError where it fits no layer."""
         text = json.dumps(granularity.plain(), sort_keys=True)
         if text not in self._units:
-            self._units[text] = granularity(Network(self.model, self.weights, example))
+            units: Units = granularity(Network(self.model, self.weights, example))
+            if self.sparsity_of != PARAMS:
+                units.price = price(self.sparsity_of, self.profile(example))
+            self._units[text] = units
         return self._units[text]
 
     def values(self) -> dict[str, Tensor]:

@@ -1,11 +1,13 @@
 """What a network is for: the loop, the criteria and the reports see a task only, never labels or accuracy."""
 
+import math
 from abc import ABC, abstractmethod
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from distprune.core.allocation import Unsplittable
 from distprune.errors import UserError
 
 SplitName = Literal["train", "validation", "test"]
@@ -13,10 +15,16 @@ T = TypeVar("T", bound="Task")
 
 
 class Task(ABC):
-    """Batches, a loss and metrics. `objective` names the metric by which trials are compared."""
+    """Batches, a loss and metrics. `objective` names the metric by which trials are compared.
+
+    `micro_batch` is the most samples that may be in one pass through the network, None for no limit: it is set where memory is short, and
+    is no part of a recipe, as the bill stays what it is and numbers differ by rounding, but for what batch normalisation sees.
+    """
 
     objective: str
     direction: Literal["maximize", "minimize"]
+    bounds: tuple[float, float] = (-math.inf, math.inf)  # that the objective lies in
+    micro_batch: int | None = None
 
     @property
     @abstractmethod
@@ -47,6 +55,17 @@ class Task(ABC):
     @abstractmethod
     def samples(self, batch: Any) -> int:
         """How many samples a batch bills."""
+
+    def parts(self, batch: Any) -> list[Any]:
+        """The batch in as few parts as keep to `micro_batch`, their sizes equal but for one sample; mostly the batch itself."""
+        samples = self.samples(batch)
+        if self.micro_batch is None or samples <= self.micro_batch:
+            return [batch]
+        return self.split(batch, math.ceil(samples / self.micro_batch))
+
+    def split(self, batch: Any, parts: int) -> list[Any]:
+        """That many batches which make up `batch`. Raises Unsplittable where a batch is one whole."""
+        raise Unsplittable(f"The batches of {type(self).__name__} cannot be split. Lower train.batch_size, or take a smaller network.")
 
     @abstractmethod
     def outputs(self, model: nn.Module, batch: Any) -> Tensor:

@@ -1,6 +1,7 @@
 """Tables for the terminal, from the store or from a plan."""
 
 from collections import Counter
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -34,6 +35,9 @@ def front_table(result: "Result") -> Table:
     axes = [axis for axis in _AXES if axis != "granularity" or {trial.row[axis] for trial in front} - {"weight", None}]
     for name in _NUMBERS:
         table.add_column(name, justify="right")
+    repeated = any(trial.row.get("seeds") for trial in front)
+    if repeated:
+        table.add_column("over seeds", justify="right")  # of the repeats alone: a finalist was chosen for its own value
     for name in axes:
         table.add_column(name)
     for trial in front:
@@ -45,9 +49,16 @@ def front_table(result: "Result") -> Table:
             f"{1 - row['sparsity']:.2%}",
             f"{row['kept']:,}",
             "" if row["flops"] is None else f"{row['flops']:,.0f}",
+            *([_over_seeds(row)] if repeated else []),
             *(row[axis] for axis in axes),
         )
     return table
+
+
+def _over_seeds(row: Mapping[str, Any]) -> str:
+    if not row.get("seeds"):
+        return ""
+    return f"{row['mean']:.4f}" + (f" ± {row['spread']:.4f}" if row["spread"] is not None else "") + f" ({row['seeds']})"
 
 
 def ends_line(result: "Result") -> str:
@@ -56,7 +67,9 @@ def ends_line(result: "Result") -> str:
     ends = Counter(row["ended"] for row in rows)
     text = ", ".join(f"{count} {end}" for end, count in ends.most_common())
     billed, spent = sum(row["cost"] or 0 for row in rows), sum(row["spent"] or 0 for row in rows)
-    return f"{len(rows)} trials: {text}. {billed:,.0f} samples billed, {spent:,.0f} run (scoring at rungs included)."
+    saved = sum(row["saved"] or 0 for row in rows)
+    shared = f" Shared work saved {saved:,.0f}." if saved else ""
+    return f"{len(rows)} trials: {text}. {billed:,.0f} samples billed, {spent:,.0f} run (scoring at rungs included).{shared}"
 
 
 def failures(result: "Result", most: int = 5) -> list[str]:
@@ -65,13 +78,28 @@ def failures(result: "Result", most: int = 5) -> list[str]:
     return [f"{count} failed: {reason}" for reason, count in reasons.most_common(most)]
 
 
+def simulated_lines(result: "Result") -> list[str]:
+    """What a simulated search was, its virtual time and its hypervolume; empty for a real one."""
+    facts = result.folder.simulated
+    if facts is None:
+        return []
+    time = f"{facts['time']:,.0f} {'seconds' if facts['clock'] == 'wall_s' else 'samples a worker'}" if "time" in facts else "unfinished"
+    return [
+        f"Simulated: trials were looked up among {facts['usable']} finished ones of {facts['run']}; nothing was trained.",
+        f"Virtual time on {facts['workers']} workers: {time}. Hypervolume: {result.hypervolume():.4f}.",
+    ]
+
+
 def show_result(result: "Result") -> None:
     """The front, how trials ended, where the results lie, and the commands that come next."""
     show(front_table(result))
     path = result.folder.path
     print(ends_line(result))
-    for line in failures(result):
+    for line in [*failures(result), *(simulated := simulated_lines(result))]:
         print(line)
+    if simulated:
+        print(f"Results: {path}/trials.parquet, {path}/study.journal (opens in optuna-dashboard)")
+        return
     print(f"Results: {path}/trials.parquet, {path}/masks/, {path}/study.journal (opens in optuna-dashboard)")
     print("Next:")
     if result.pareto():

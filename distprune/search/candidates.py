@@ -91,6 +91,8 @@ def _narrowed(option: Option, values: list[Any], where: str) -> Range | Choices 
         if isinstance(option.search, PerLayer):
             raise UserError(f"{where} is searched for each layer; fix it with a mapping of layer names to shares or leave it out.")
         return Choices(*checked)
+    if len(checked) > 2:
+        return Choices(*dict.fromkeys(checked))
     if len(checked) != 2 or not checked[0] < checked[1]:
-        raise UserError(f"{where} must be [low, high] with low < high, got {values}.")
+        raise UserError(f"{where} must be [low, high] with low < high, or three and more values, got {values}.")
     return LogRange(*checked) if getattr(option.search, "log", False) else Range(*checked)

@@ -1,32 +1,54 @@
 """One search as frozen plain data, read from YAML."""
 
 import dataclasses
-from collections.abc import Mapping
+import math
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from distprune.core import registry
 from distprune.core.config import read_fields, read_yaml
+from distprune.core.costs import label
 from distprune.core.lengths import check_length
 from distprune.core.recipe import Recipe
 from distprune.core.registry import Choice
 from distprune.errors import UserError
 from distprune.search import tables
 
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+def read_size(value: Any, where: str) -> Any:
+    """Bytes from a text such as '20GB'; anything else is left to the reader of the field."""
+    if not isinstance(value, str):
+        return value
+    found = re.fullmatch(r"([\d.]+(?:e\d+)?)\s*([KMGT]?B?)", value.strip(), re.IGNORECASE)
+    unit = found and found[2].upper()
+    if not found or unit not in _UNITS or found[1].count(".") > 1:
+        raise UserError(f"{where} must be a size in bytes, got {value!r}. Write 20GB or 500MB.")
+    return round(float(found[1]) * _UNITS[unit])
+
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """When a search ends, whichever comes first."""
+    """When a search ends, whichever comes first, and what its trials may use. Sizes are in bytes; in YAML '20GB' will do."""
 
     trials: int = 30
     cost: float | None = None  # billed samples of all trials together
     wall: float | None = None  # seconds of one driver
+    trial_wall: float | None = None  # seconds of one trial, over all its attempts
+    silence: float | None = None  # seconds without a report after which a worker is given up; it reads its data before the first
+    disk: int | None = None  # of all checkpoints together
+    free: int = 10**9  # with less on the disk, no new trial is begun
 
     @classmethod
     def read(cls, value: Any, where: str) -> "Limits":
+        if isinstance(value, Mapping):
+            value = {key: read_size(item, f"{where}.{key}") if key in ("disk", "free") else item for key, item in value.items()}
         limits = cls(**read_fields(cls, value, where))
-        for name in ("trials", "cost", "wall"):
+        for name in ("trials", "cost", "wall", "trial_wall", "silence", "disk"):
             number = getattr(limits, name)
             if number is not None and number <= 0:
                 raise UserError(f"{where}.{name} must be above 0, got {number}. Leave it out for no limit.")
@@ -65,10 +87,76 @@ class Budget:
             raise UserError(f"{where}.most must be a share of the dense cost in (0, 1), got {budget.most}. For a tenth write 0.1.")
         return budget
 
-    @property
-    def measured(self) -> bool:
-        """Whether the cost is measured where the trial runs."""
-        return bool(self.cost.entry.facts["measured"])
+    def plain(self) -> dict[str, Any]:
+        """As YAML writes it."""
+        return {"cost": self.cost.plain(), "most": self.most}
+
+
+def read_costs(value: Any, where: str) -> tuple[Choice, ...]:
+    """The costs that are minimized besides the objective: a list of names or mappings."""
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise UserError(f"{where} must be a list of costs, got {value!r}. Write {where.rpartition('.')[2]}: [params]; [] is for none.")
+    costs = tuple(registry.cost.read(item, where) for item in value)
+    _check_once(costs, where)
+    return costs
+
+
+def read_budgets(value: Any, where: str) -> tuple[Budget, ...]:
+    """One budget or a list of them."""
+    if value is None:
+        return ()
+    several = isinstance(value, Sequence) and not isinstance(value, str)
+    budgets = tuple(Budget.read(item, f"{where}[{index}]") for index, item in enumerate(value)) if several else (Budget.read(value, where),)
+    _check_once(tuple(budget.cost for budget in budgets), where)
+    return budgets
+
+
+def _check_once(costs: tuple[Choice, ...], where: str) -> None:
+    names = [label(cost) for cost in costs]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"{where} must name a cost once, got '{twice[0]}' {names.count(twice[0])} times. Leave the others out.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Caching:
+    """Where prefixes of trials are kept for others, and how much of them."""
+
+    path: str | None = None  # a folder that all workers see, or a URL such as s3://bucket/cache; by default one in the storage
+    size: int = 20 * 10**9  # bytes; in YAML '20GB' will do
+
+    @classmethod
+    def read(cls, value: Any, where: str) -> "Caching | None":
+        """From a mapping; true is all defaults, false no cache."""
+        if isinstance(value, bool):
+            return cls() if value else None
+        if isinstance(value, Mapping) and "size" in value:
+            value = {**value, "size": read_size(value["size"], f"{where}.size")}
+        elif not isinstance(value, Mapping | cls):
+            raise UserError(f"{where} must be true, false or a mapping, got {value!r}. Write {where}: {{path: /shared/cache, size: 20GB}}.")
+        caching = cls(**read_fields(cls, value, where))
+        if caching.path == "":
+            raise UserError(f"{where}.path must be a folder or a URL, got ''. Leave it out for one in the storage.")
+        if caching.size <= 0:
+            raise UserError(f"{where}.size must be above 0, got {caching.size}. Write 20GB, or {where}: false for no cache.")
+        return caching
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finalists:
+    """What is done with the best of the front once all other trials have ended: they are run again over further seeds."""
+
+    count: int = 3
+    seeds: int = 3  # of each, besides the one that it was found with
+
+    @classmethod
+    def read(cls, value: Any, where: str) -> "Finalists":
+        finalists = cls(**read_fields(cls, value, where))
+        if finalists.count < 1 or finalists.seeds < 2:
+            raise UserError(
+                f"{where}.count must be at least 1 and {where}.seeds at least 2, got {finalists.count} and {finalists.seeds}: "
+                "one seed has no spread. Leave finalists out for none."
+            )
+        return finalists
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,20 +168,35 @@ class Search:
     space: Mapping[str, Any] = field(default_factory=dict)  # see space.py; axes left out are searched over their whole table
     sampler: Choice = field(default_factory=lambda: tables.sampler.choose("tpe"))
     scheduler: Choice = field(default_factory=lambda: tables.scheduler.choose("pareto_halving"))
-    budget: Budget | None = None
+    start: tuple[Mapping[str, Any], ...] = ()  # settings of the first trials, see starts.py
+    learn_from: tuple[str, ...] = ()  # run folders whose ended trials the sampler learns from, see learned.py
+    duplicates: Literal["known", "new_seed"] = "known"  # a repeated recipe is answered from the first, or run with a seed of its own
+    finalists: Finalists | None = None
+    minimize: tuple[Choice, ...] = (registry.PARAMS,)  # costs, besides the task's objective, which is maximized
+    budget: tuple[Budget, ...] = ()  # in YAML one mapping or a list of them; a policy is bound by the first
+    floor: float | None = None  # the least objective on validation of a network that counts
     limits: Limits = field(default_factory=Limits)
     workers: Workers = field(default_factory=Workers)
     report_every: str = "1ep"
-    recovery: str = "20it"  # training of the copy that is scored at a rung
+    recovery: str = "40it"  # training of the copy that is scored at a rung
     seed: int = 0  # of every trial, so that equal prefixes of trials are equal work
+    cache: Caching | None = field(default_factory=Caching)  # what trials share of that work
     storage: str = "runs"  # folder of run folders
 
     @classmethod
     def read(cls, value: Any, where: str = "search") -> "Search":
         """From a mapping, checked but for what needs the data and the network. Raises UserError."""
-        search = cls(**read_fields(cls, value, where))
+        plain = dict(value) if isinstance(value, Mapping) else value
+        several: dict[str, Any] = {}
+        for key, read in (("minimize", read_costs), ("budget", read_budgets)) if isinstance(value, Mapping) else ():
+            if key in plain:
+                several[key] = read(plain.pop(key), f"{where}.{key}")
+        search = cls(**read_fields(cls, plain, where), **several)
         if not search.name or Path(search.name).name != search.name or search.name.startswith("."):
             raise UserError(f"{where}.name must be the name of a new folder, got {search.name!r}. Write name: digits.")
+        _check_sampler(search, where)
+        if search.floor is not None and not math.isfinite(search.floor):
+            raise UserError(f"{where}.floor must be a number, got {search.floor}. Write floor: 0.85, or leave it out.")
         check_length(search.report_every, f"{where}.report_every", relative=False)
         check_length(search.recovery, f"{where}.recovery", relative=False)
         for key in ("paradigm", "sparsity", "criterion", "allocator", "regularizer"):
@@ -120,10 +223,40 @@ class Search:
         plain = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
         plain |= {"limits": dataclasses.asdict(self.limits), "workers": dataclasses.asdict(self.workers)}
         plain |= {"sampler": self.sampler.plain(), "scheduler": self.scheduler.plain()}
-        plain["budget"] = self.budget and {"cost": self.budget.cost.plain(), "most": self.budget.most}
+        plain |= {"start": [dict(setting) for setting in self.start], "learn_from": list(self.learn_from)}
+        plain["cache"] = False if self.cache is None else dataclasses.asdict(self.cache)
+        plain["finalists"] = self.finalists and dataclasses.asdict(self.finalists)
+        budgets = [budget.plain() for budget in self.budget]
+        plain |= {"minimize": [cost.plain() for cost in self.minimize], "budget": budgets[0] if len(budgets) == 1 else budgets or None}
         return plain
 
     @property
     def folder(self) -> Path:
         """The run folder."""
         return Path(self.storage) / self.name
+
+    @property
+    def cache_at(self) -> str | None:
+        """Folder or URL of the cache. In the storage it has a name that no search can have."""
+        if self.cache is None:
+            return None
+        path = self.cache.path or str(Path(self.storage) / ".cache")
+        return path if "://" in path else str(Path(path).expanduser().absolute())
+
+
+def _check_sampler(search: Search, where: str) -> None:
+    """Raise UserError for a search that its sampler is of no use for."""
+    most = search.sampler.entry.facts["most_trials"]
+    if most is not None and search.limits.trials > most:
+        raise UserError(
+            f"{where}.sampler '{search.sampler.name}' is for at most {most} trials, as its cost grows with the cube of their number, and "
+            f"limits.trials is {search.limits.trials}. Write sampler: tpe, or trials: {most}."
+        )
+    if search.sampler.entry.facts["objectives"] == "one" and search.minimize:
+        costs = ", ".join(label(cost) for cost in search.minimize)
+        raise UserError(
+            f"{where}.sampler '{search.sampler.name}' is for one objective, and {where}.minimize adds {costs} to it. "
+            "Write minimize: [], or sampler: tpe."
+        )
+    if search.learn_from and search.sampler.entry.facts["blind"]:
+        raise UserError(f"{where}.learn_from needs a sampler that learns from trials, got '{search.sampler.name}'. Write sampler: tpe.")

@@ -1,14 +1,18 @@
 """The end of a search: the front is measured on the test split, its masks are written, and the tables are closed."""
 
 import json
+import statistics
+from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
 
 from distprune.core.run import Run, prepare
 from distprune.errors import UserError
-from distprune.search.book import Book, Entry
+from distprune.search.book import Book
+from distprune.search.entry import Entry
 from distprune.search.trial import checkpoints
+from distprune.store.files import patiently
 from distprune.store.folder import RunFolder
 from distprune.store.reports import to_parquet
 from distprune.store.trials import write_trials
@@ -18,29 +22,40 @@ def finalize(folder: RunFolder, book: Book) -> None:
     """Write `masks/<trial>.safetensors` for the front, `trials.parquet` and `reports.parquet`. Doing it again changes nothing."""
     folder.masks.mkdir(exist_ok=True)
     for number in sorted(book.front):
-        entry = book.entries[number]
-        path = folder.masks_file(number)
-        if not path.exists():
-            run = load_trial(folder, number, entry.recipe.plain())
-            metrics = run.env.task.metrics(run.state.model, "test")  # the one time that test is read
-            run.state.masks.save(path, trial=number, key=run.key, recipe=entry.recipe.plain(), test=metrics)
+        write_masks(folder, book.entries[number])
     for path in folder.masks.glob("*.safetensors"):
         if path.stem.isdigit() and int(path.stem) not in book.front:
             path.unlink()
+    close_tables(folder, book)
+
+
+def close_tables(folder: RunFolder, book: Book) -> None:
+    """Write `trials.parquet` and `reports.parquet`."""
     write_table(folder, book)
     to_parquet(folder.reports, folder.reports_parquet)
 
 
 def write_table(folder: RunFolder, book: Book) -> None:
     """Write `trials.parquet` as the search stands."""
-    write_trials(folder.trials, [_row(entry, book, _test(folder, entry.number)) for entry in book.entries])
+    tests = {int(path.stem): _test(path) for path in folder.masks.glob("*.safetensors") if path.stem.isdigit()}
+    repeats = {number: [float(entry.last["objective"]) for entry in entries] for number, entries in book.repeats().items()}
+    write_trials(folder.trials, (_row(entry, book, tests.get(entry.number), repeats.get(entry.number, [])) for entry in book.entries))
 
 
-def _test(folder: RunFolder, number: int) -> float | None:
+def write_masks(folder: RunFolder, entry: Entry) -> None:
+    """Measure a finished trial on the test split and write its masks, unless that is done."""
+    path = folder.masks_file(entry.number)
+    if path.exists():
+        return
+    run = load_trial(folder, entry.number, entry.recipe.plain())
+    metrics = run.env.task.metrics(run.state.model, "test")  # the one time that test is read
+    folder.masks.mkdir(exist_ok=True)
+    facts = {"trial": entry.number, "key": run.key, "recipe": entry.recipe.plain(), "test": metrics}
+    patiently(path, lambda: run.state.masks.save(path, **facts))
+
+
+def _test(path: Path) -> float:
     """The objective on the test split, of a trial that was measured there."""
-    path = folder.masks_file(number)
-    if not path.exists():
-        return None
     with safe_open(str(path), framework="pt") as file:
         return float(next(iter(json.loads(file.metadata()["test"]).values())))
 
@@ -49,17 +64,23 @@ def load_trial(folder: RunFolder, number: int, recipe: dict[str, Any], *, device
     """A trial's network as its latest checkpoint holds it. Raises UserError if none is left."""
     from distprune.core.recipe import Recipe
 
+    folder.check_real("exported")
     run = prepare(Recipe.read(recipe), device=device)
     for checkpoint in checkpoints(folder, number):
         run.state.load(checkpoint / "state.safetensors")
         return run
+    if folder.dropped(number).exists():
+        raise UserError(
+            f"Trial {number} has kept its masks, {folder.masks_file(number)}, but no weights: they were deleted to keep to limits.disk. "
+            "Choose another trial, or train its recipe again."
+        )
     raise UserError(f"Trial {number} has kept no weights: only trials on the front do. Choose one of the Pareto table.")
 
 
-def _row(entry: Entry, book: Book, test: float | None) -> dict[str, Any]:
+def _row(entry: Entry, book: Book, test: float | None, repeats: list[float]) -> dict[str, Any]:
     last, recipe = entry.last, entry.recipe
     uses = recipe.paradigm.entry.facts["uses"]
-    extra = json.loads(last.get("extra") or "{}")
+    extra = entry.extra
     return {
         "number": entry.number,
         "ended": entry.ended or "running",
@@ -75,14 +96,23 @@ def _row(entry: Entry, book: Book, test: float | None) -> dict[str, Any]:
         "objective": last.get("objective"),
         "score": entry.best,
         "test": test,
+        "repeat_of": entry.repeat_of,
+        "seeds": len(repeats) or None,
+        "mean": statistics.fmean(repeats) if repeats else None,
+        "spread": statistics.stdev(repeats) if len(repeats) > 1 else None,
         "params": extra.get("params"),
         "flops": extra.get("flops"),
+        "costs": json.dumps(extra.get("costs") or {}),
         "cost": entry.cost,
         "spent": entry.spent + entry.spent_now,
+        "saved": extra.get("saved", 0),
         "bill_flops": (extra.get("ledger") or {}).get("flops"),
         "bill_sparse_flops": (extra.get("ledger") or {}).get("sparse_flops"),
         "rung": entry.rung,
         "attempts": len(entry.attempts),
+        "deaths": json.dumps(entry.deaths),
+        "micro_batch": extra.get("micro_batch"),
+        "retries": extra.get("retries", 0),
         "wall_s": last.get("wall_s"),
         "recipe_key": extra.get("key") or entry.identity,
         "recipe": json.dumps(recipe.plain()),

@@ -1,22 +1,29 @@
-"""The proposer: parameters of the next trial, as a pure function of the seed, the trial's number and the fit set."""
+"""The proposer: parameters of the next trial, as a pure function of the seed, the trial's place and the fit set."""
 
+import json
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import optuna
 from optuna.distributions import BaseDistribution
+from optuna.storages import InMemoryStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from distprune.core.recipe import Recipe
 from distprune.core.registry import Choice
 from distprune.core.streams import stream_seed
 from distprune.errors import UserError
+from distprune.search.branches import Placed
 from distprune.search.budgeted import BudgetSampler
 from distprune.search.episodes import Budgets
+from distprune.search.fitset import FIT_SET, FitSet, Kept
+from distprune.search.space import Recorder, Space
 
-FIT_SET = 200  # finished trials that a model is fitted to: a suggestion costs the same after 200 trials and after 10,000
+MOST_AHEAD = 4  # proposals that are prepared
+_DRAWN = ":relative_params:"  # in what samplers note for other processes while they draw: emptied, as a trial may not have all of it
+_IDLE = "distprune:idle"  # system attribute: what a flat sampler proposed for parameters that the recipe has not
 
 
 @dataclass(frozen=True)
@@ -31,120 +38,199 @@ class Proposal:
 
 
 class Proposer:
-    """Optuna's samplers over a study in memory, never over the journal: it is small, and a proposal leaves no half-written trial."""
+    """Optuna's samplers over a study in memory, never over the journal: it is small, and a proposal leaves no half-written trial.
+
+    `prepare` makes proposals while the workers are busy. One is thrown away when more trials were told since than ran beside the one
+    whose place it takes: those a proposal that was asked for in time would not have known either. With one worker nothing is prepared,
+    and a search is the same as without.
+    """
 
     def __init__(
         self,
         sampler: Choice,
-        build: Callable[[optuna.Trial], Recipe],
+        space: Space,
         *,
         directions: Sequence[Literal["maximize", "minimize"]],
         seed: int,
         budgets: Budgets | None = None,
+        first: Sequence[Mapping[str, Any]] = (),
+        learned: Sequence[FrozenTrial] = (),
+        fit_set: int = FIT_SET,
     ) -> None:
-        """`budgets` are for a sampler that learns."""
-        self._sampler, self._build, self._directions, self._seed = sampler, build, list(directions), seed
-        self._keeps_all = sampler.entry.facts["keeps_all"]
-        self._finished: list[tuple[int, FrozenTrial]] = []
-        self._running: dict[int, FrozenTrial] = {}
-        self._budgets = budgets
-        self._learner: BudgetSampler | None = sampler(seed) if sampler.entry.facts["learns"] else None
-        self._open()
-        self._refresh()
+        """`budgets` are for a sampler that learns; `learned` are trials of other searches, in parameters of this space.
 
-    def _open(self) -> None:
-        if self._learner is not None:
-            assert self._budgets is not None, "a sampler that learns has a budget"
-            self._learner.open(self._budgets)
-
-    def ask(self, number: int, fixed: Mapping[str, Any] | None = None, *, last: bool = False) -> Proposal:
-        """Propose trial `number`; `fixed` parameters are taken as given. Raises UserError if one of them is not used or not legal.
-
-        The `last` trial of a search is the end of what its sampler learned, if it learns.
+        The first proposals have the parameters of `first`, the next those that cover the space.
         """
-        seed = stream_seed(self._seed, "propose", number) % 2**32
+        self._sampler, self._space, self._directions, self._seed = sampler, space, list(directions), seed
+        self._budgets, self._learned, self._fit_set = budgets, learned, fit_set
+        facts = sampler.entry.facts
+        self._first = [*first, *([] if facts["enumerates"] else space.covering())]
+        self._blind, self._same_constraint = facts["blind"], facts["same_constraint"]
+        self._parameters = space.parameters() if facts["flat"] else None
+        self._learner: BudgetSampler | None = sampler(seed) if facts["learns"] else None
+        made = sampler(seed) if self._learner is None else None
+        self._placed = made if isinstance(made, Placed) else None
+        self._ready: dict[int, tuple[Proposal, int, int]] = {}  # number -> (proposal, trials told before it, trials that ran beside)
+        if self._placed is not None:
+            self._placed.open(space)
+        self.restore([])
+
+    @property
+    def size(self) -> int | None:
+        """How many proposals there are in all; None if they never end."""
+        if self._placed is None or self._placed.size is None:
+            return None
+        return len(self._first) + self._placed.size
+
+    # Asking.
+
+    def ask(self, number: int, *, place: int | None = None, last: bool = False) -> Proposal:
+        """Propose trial `number`, before which `place` others were proposed, by default as many as its number.
+
+        The `last` trial of a search is the end of what its sampler learned, if it learns. Raises UserError if a parameter that the trial
+        is to have is not used or not legal.
+        """
+        if number in self._ready:
+            proposal, told, beside = self._ready[number]
+            if self._told - told <= beside:
+                del self._ready[number]
+                return proposal
+        self._throw_away()
+        return self._propose(number, number if place is None else place, last)
+
+    def prepare(self, number: int, *, place: int | None = None, beside: int) -> bool:
+        """Make the proposal of trial `number` before it is asked for, where `beside` other trials run; say whether one was made."""
+        if self._blind or self._learner is not None or beside < 1:
+            return False
+        if any(self._told - told > others for _, told, others in self._ready.values()):
+            self._throw_away()
+        if number in self._ready or len(self._ready) >= min(MOST_AHEAD, beside):
+            return False
+        self._ready[number] = self._propose(number, number if place is None else place, False), self._told, beside
+        return True
+
+    def _propose(self, number: int, place: int, last: bool) -> Proposal:
+        seed = stream_seed(self._seed, "propose", place) % 2**32
+        fixed = self._first[place] if place < len(self._first) else None
         closing = None
-        if self._learner is None:
-            self._study.sampler = self._sampler(seed)
-        else:
-            self._learner.begin(number, seed)
+        if self._learner is not None:
+            self._learner.begin(place, seed)
             self._study.sampler = self._learner
             closing = self._learner.last() if last else None
+        elif self._placed is not None:
+            if fixed is None:
+                self._placed.place(place - len(self._first))
+            self._study.sampler = self._placed if fixed is None else optuna.samplers.RandomSampler(seed=seed)
+        else:
+            self._study.sampler = self._sampler(seed)
         fixed = closing or fixed
         if fixed:
             self._study.enqueue_trial(dict(fixed))
-        trial = self._study.ask()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # a fixed value outside its range is an error below, not a warning
-            recipe = self._build(trial)
+            trial = self._study.ask(self._parameters)
+            recorder = Recorder(trial.params) if self._parameters is not None else None
+            recipe = self._space.build(recorder or trial)
+        names = (recorder or trial).distributions.keys()
+        for key in [key for key in self._storage.get_trial(trial._trial_id).system_attrs if _DRAWN in key]:
+            self._storage.set_trial_system_attr(trial._trial_id, key, "")
+        frozen = self._storage.get_trial(trial._trial_id)
         for name, value in (fixed or {}).items():
-            if trial.params.get(name) != value:
+            if name not in names or trial.params.get(name) != value:
                 raise UserError(
                     f"The trial {dict(fixed or {})} sets '{name}' to {value!r}, which the space does not have. Correct the space."
                 )
-        frozen = self._study._storage.get_trial(trial._trial_id)
         self._ids[number] = trial._trial_id
         self._running[number] = frozen
-        system = {key: value for key, value in frozen.system_attrs.items() if key != "fixed_params"}
-        return Proposal(recipe, dict(trial.params), dict(trial.distributions), system, closing is not None)
+        system = {key: value for key, value in frozen.system_attrs.items() if key != "fixed_params" and _DRAWN not in key}
+        if idle := {name: value for name, value in frozen.params.items() if name not in names}:
+            system[_IDLE] = json.dumps(idle)
+        params = {name: frozen.params[name] for name in names}
+        return Proposal(recipe, params, {name: frozen.distributions[name] for name in names}, system, closing is not None)
 
-    def tell(self, number: int, state: TrialState, values: Sequence[float] | None, constraints: Mapping[str, float]) -> None:
-        """Let the sampler know how a trial ended."""
-        trial = optuna.Trial(self._study, self._ids.pop(number))
-        known = self._study._storage.get_trial(trial._trial_id).constraints  # of a trial whose end was half told by a dead driver
-        for key in constraints.keys() - known.keys():
-            trial.set_constraint(key, constraints[key])
-        told = self._study.tell(trial, values, state=state)
+    def _throw_away(self) -> None:
+        """Give up what was prepared; later ones were made beside the earlier."""
+        for number in sorted(self._ready):
+            self._give_up(number)
+        self._ready = {}
+
+    def _give_up(self, number: int) -> None:
+        self._storage.set_trial_state_values(self._ids.pop(number), TrialState.FAIL)
         self._running.pop(number)
-        self._finished.append((number, told))
+
+    # Telling.
+
+    def tell(
+        self, number: int, state: TrialState, values: Sequence[float] | None, constraints: Mapping[str, float], *, rung: int | None = None
+    ) -> None:
+        """Let the sampler know how a trial ended; the values of a PRUNED one are those at its `rung`."""
+        self._told += 1
+        trial_id = self._ids.pop(number)
+        self._running.pop(number)
+        for key, value in self._constraints(constraints).items():
+            self._storage.set_trial_system_attr(trial_id, f"constraints:{key}", float(value))
+        if state == TrialState.PRUNED and values:
+            self._storage.set_trial_intermediate_value(trial_id, max(rung or 0, 0), float(values[0]))
+        self._storage.set_trial_state_values(trial_id, state, None if values is None else [float(value) for value in values])
+        trial = self._storage.get_trial(trial_id)
         if self._learner is not None:
-            self._learner.learn(told)
-        if not self._keeps_all and len(self._finished) >= 2 * FIT_SET:
-            self._finished = self._best_and_latest()
+            self._learner.learn(trial)
+        trimmed = not self._blind and self._fitted.add(number, Kept.of(trial, trial.params, trial.distributions))
+        if trimmed or trial_id > self._most_ids:
             self._refresh()
+
+    def _constraints(self, constraints: Mapping[str, float]) -> Mapping[str, float]:
+        if not self._same_constraint:
+            return constraints
+        violation = sum(max(value, 0.0) for value in constraints.values())
+        return {"violation": violation or max(constraints.values(), default=0.0)}
 
     def restore(self, trials: Sequence[FrozenTrial]) -> None:
         """Start from the trials of a journal, running ones included."""
-        self._running = {trial.number: trial for trial in trials if not trial.state.is_finished()}
-        self._finished = []
-        self._open()
+        self._ready = {}
+        self._told = 0
+        self._fitted = FitSet(self._directions, self._fit_set)
         if self._learner is not None:
-            ended = [trial for trial in trials if trial.state.is_finished()]
-            for trial in sorted(ended, key=lambda trial: trial.user_attrs["end"]["turn"]):
+            assert self._budgets is not None, "a sampler that learns has a budget"
+            self._learner.open(self._budgets)
+        for place, trial in enumerate(self._learned):
+            self._fitted.add(place - len(self._learned), self._whole(trial))
+        ended = [trial for trial in trials if trial.state.is_finished()]
+        for trial in sorted(ended, key=lambda trial: trial.user_attrs["end"].get("turn", 0)):
+            self._told += 1
+            if self._learner is not None:
                 self._learner.learn(trial)
-        for trial in trials:
-            if trial.state.is_finished():
-                self._finished.append((trial.number, trial))
-                if not self._keeps_all and len(self._finished) >= 2 * FIT_SET:
-                    self._finished = self._best_and_latest()
+            if not self._blind:
+                self._fitted.add(trial.number, self._whole(trial))
+        self._running = {trial.number: self._whole(trial) for trial in trials if not trial.state.is_finished()}
         self._refresh()
 
-    def _best_and_latest(self) -> list[tuple[int, FrozenTrial]]:
-        by_birth = sorted(self._finished, key=lambda row: row[0])
-        latest, rest = by_birth[-FIT_SET // 2 :], by_birth[: -FIT_SET // 2]
-        signs = [1 if direction == "maximize" else -1 for direction in self._directions]
-
-        def worth(row: tuple[int, FrozenTrial]) -> tuple[bool, int]:
-            values = row[1].values
-            if not values or row[1].state != TrialState.COMPLETE:
-                return (True, 0)
-            beaten = sum(
-                all(s * o >= s * v for s, o, v in zip(signs, other.values, values, strict=True)) and list(other.values) != list(values)
-                for _, other in rest
-                if other.values
-            )
-            return (False, beaten)
-
-        best = sorted(rest, key=worth)[: FIT_SET // 2]
-        return sorted(best, key=lambda row: row[0]) + latest
+    def _whole(self, trial: FrozenTrial) -> FrozenTrial:
+        """A trial as the sampler knew it when it was asked."""
+        params, distributions = dict(trial.params), dict(trial.distributions)
+        if self._parameters is not None:
+            idle = json.loads(trial.system_attrs.get(_IDLE, "{}"))
+            rest = optuna.samplers.RandomSampler(seed=stream_seed(self._seed, "idle", trial.number) % 2**32)
+            for name, where in self._parameters.items():
+                if name not in params:  # of another search's trial nothing was proposed
+                    params[name] = idle[name] if name in idle else rest.sample_independent(None, trial, name, where)  # type: ignore[arg-type]
+                    distributions[name] = where
+        found = Kept.of(trial, params, distributions)
+        if self._same_constraint and trial.state.is_finished():
+            attrs = {key: value for key, value in trial.system_attrs.items() if not key.startswith("constraints:")}
+            attrs |= {f"constraints:{key}": value for key, value in self._constraints(trial.constraints).items()}
+            found._system_attrs = attrs
+        return found
 
     def _refresh(self) -> None:
         """Rebuild the study with its trials in the order of their birth, which is the order in which a sampler saw them."""
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        self._study = optuna.create_study(directions=self._directions)
-        storage, study_id = self._study._storage, self._study._study_id
+        self._storage = InMemoryStorage()
+        self._study = optuna.create_study(storage=self._storage, directions=self._directions)
         self._ids = {}
-        for number, trial in sorted([*self._finished, *self._running.items()], key=lambda row: row[0]):
-            trial_id = storage.create_new_trial(study_id, trial)
+        rows = sorted([*self._fitted, *self._running.items()], key=lambda row: row[0])
+        self._most_ids = len(rows) + self._fit_set  # failed trials, and those of a blind sampler, are of no use
+        for number, trial in rows:
+            trial_id = self._storage.create_new_trial(self._study._study_id, trial)
             if number in self._running:
                 self._ids[number] = trial_id

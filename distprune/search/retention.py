@@ -1,24 +1,141 @@
-"""What is kept on disk while a search runs: checkpoints of running trials and of those on the front."""
+"""What is kept on disk while a search runs: checkpoints of running trials and of those on the front.
 
+Under a limit, what is needed least goes first: superseded checkpoints of running trials, then the weights of the trials that add least to
+the hypervolume of the front, whose masks are written before. The newest checkpoint of a running trial stays. Between two reports the
+workers may be above the limit by what each writes in that time.
+"""
+
+import json
 import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
 
 from distprune.search.book import Book
+from distprune.search.finale import write_masks
+from distprune.search.trial import KEPT_CHECKPOINTS
+from distprune.search.volume import contributions
+from distprune.store.files import publish
 from distprune.store.folder import RunFolder
+
+_At = tuple[int, str]  # (report, attempt) of a checkpoint
+
+
+def _quiet(event: str, facts: dict[str, Any]) -> None:
+    return
 
 
 class Retention:
-    """Deletes the checkpoints of ended trials that are not on the front."""
+    """Deletes checkpoints that nobody needs, and under a `limit` (bytes) those that are needed least.
 
-    def __init__(self, folder: RunFolder, book: Book) -> None:
-        self._folder, self._book = folder, book
-        self._held: set[int] = {int(path.name) for path in folder.checkpoints.glob("*") if path.name.isdigit()}
+    Sizes are known from what workers say of what they have written; the disk itself is looked at by a sweep of everything.
+    """
+
+    def __init__(
+        self, folder: RunFolder, book: Book, *, limit: int | None = None, listen: Callable[[str, dict[str, Any]], None] = _quiet
+    ) -> None:
+        self._folder, self._book, self._limit, self._listen = folder, book, limit, listen
+        self._held: dict[int, dict[_At, int]] = {}
+        self._needed: set[int] = set()  # trials of the front whose masks could not be written
+
+    @property
+    def total(self) -> int:
+        """Bytes of all checkpoints."""
+        return sum(sum(sizes.values()) for sizes in self._held.values())
+
+    @property
+    def crowded(self) -> bool:
+        """Whether unfinished trials need more than the limit, so that others have to wait: for those that run, so there must be one."""
+        return self._limit is not None and self.total > self._limit and self._book.is_busy
+
+    def left_of(self, cache: int | None) -> int | None:
+        """What the stage cache may hold (bytes): what checkpoints leave of the limit, at most its own size."""
+        if self._limit is None or cache is None:
+            return cache
+        return max(min(cache, self._limit - self.total), 0)
+
+    def heard(self, row: Mapping[str, Any]) -> None:
+        """Learn from a report what its worker has written, and keep to the limit."""
+        if '"saved"' not in (row["extra"] or ""):
+            return
+        sizes = self._held.setdefault(row["trial"], {})
+        sizes[row["index"], row["attempt"]] = int(json.loads(row["extra"])["saved"])
+        own = sorted(at for at in sizes if at[1] == row["attempt"])
+        for at in own[:-KEPT_CHECKPOINTS]:  # its worker has deleted them
+            del sizes[at]
+        self._keep_to_limit()
 
     def sweep(self, ended: int | None = None) -> None:
-        """Delete what nobody needs any more; called when trial `ended` was told, and once at the start."""
-        if ended is not None:
-            self._held.add(ended)
-        for number in sorted(self._held):
-            known = number < len(self._book.entries)
-            if known and self._book.entries[number].told and number not in self._book.front:
+        """Delete what nobody needs any more: when trial `ended` was told, or everywhere, in the beginning and at the end.
+
+        The second finds also what a worker that was thought dead has written since its trial ended.
+        """
+        if ended is None:
+            found = [path for path in self._folder.checkpoints.glob("*") if path.name.isdigit()]
+            self._held = {int(path.name): _scan(path) for path in found}
+        for number in sorted(self._held) if ended is None else [ended]:
+            if not (number < len(self._book.entries) and self._book.entries[number].told):
+                continue
+            if number in self._book.front:
+                self._drop(number) if self._folder.dropped(number).exists() else self._thin(number)
+            else:
                 shutil.rmtree(self._folder.checkpoints / str(number), ignore_errors=True)
-                self._held.discard(number)
+                self._held.pop(number, None)
+        self._keep_to_limit()
+
+    def _runs(self, number: int) -> bool:
+        return number < len(self._book.entries) and not self._book.entries[number].told and number not in self._book.front
+
+    def _thin(self, number: int) -> int:
+        """Delete all checkpoints of a trial but the newest, and what attempts that have died left unfinished; returns how many."""
+        sizes = self._held.get(number, {})
+        old = sorted(sizes)[:-1]
+        for index, attempt in old:
+            shutil.rmtree(self._folder.checkpoint(number, attempt, index), ignore_errors=True)
+            del sizes[index, attempt]
+        return len(old)
+
+    def _keep_to_limit(self) -> None:
+        if self._limit is None or self.total <= self._limit:
+            return
+        superseded = 0
+        for number in sorted(self._held):
+            if self.total > self._limit and self._runs(number):
+                superseded += self._thin(number)
+        dropped = []
+        while self.total > self._limit and (left := [n for n in self._book.front if self._held.get(n) and n not in self._needed]):
+            worth = contributions(self._book.front)
+            number = min(left, key=lambda n: (worth[n], -n))
+            try:
+                write_masks(self._folder, self._book.entries[number])
+            except Exception:  # the network and its data are the user's
+                self._needed.add(number)
+                continue
+            self._drop(number)
+            dropped.append(number)
+        if superseded or dropped:
+            did = [f"{superseded} superseded checkpoints"] if superseded else []
+            did += [f"the weights of trials {', '.join(map(str, dropped))}, whose masks are kept"] if dropped else []
+            self._listen("disk", {"message": f"To keep to limits.disk, {size_text(self._limit)}, these were deleted: {' and '.join(did)}."})
+
+    def _drop(self, number: int) -> None:
+        """Give up the weights of a trial on the front."""
+        publish(self._folder.dropped(number), b"deleted to keep to limits.disk\n")
+        for attempt in (self._folder.checkpoints / str(number)).iterdir():
+            if attempt.is_dir():
+                shutil.rmtree(attempt, ignore_errors=True)
+        self._held[number] = {}
+
+
+def _scan(trial: Path) -> dict[_At, int]:
+    """The checkpoints of a trial and their sizes; what was never finished is deleted."""
+    for unfinished in trial.glob("*/.*"):
+        shutil.rmtree(unfinished, ignore_errors=True)
+    found = [path for path in trial.glob("*/*") if path.name.isdigit()]
+    return {(int(path.name), path.parent.name): sum(file.stat().st_size for file in path.glob("*")) for path in found}
+
+
+def size_text(size: int) -> str:
+    """A size for people."""
+    unit, name = next((pair for pair in ((10**9, "GB"), (10**6, "MB"), (10**3, "KB")) if size >= pair[0]), (1, "bytes"))
+    return f"{size / unit:.3g} {name}"

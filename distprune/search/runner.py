@@ -28,18 +28,19 @@ os.environ.update(
 
 import ray
 import torch
+from ray import cloudpickle as pickle
 from ray import tune
 from ray.tune.experiment import Trial as RayTrial
 from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 
 from distprune.errors import UserError
-from distprune.search.book import Assignment, Book
+from distprune.search.book import Book
 from distprune.search.config import Search
+from distprune.search.entry import Assignment
+from distprune.search.failures import Silence, cause_of_death
 from distprune.search.setup import check_machine, slots_of
 from distprune.search.trial import Job, run_trial
-
-WORKER_DEATHS = 3  # restarts of a trial whose worker died, before it is told as failed
 
 
 class Worker(tune.Trainable):  # type: ignore[misc]
@@ -82,15 +83,17 @@ class Face(_Face, Searcher):  # type: ignore[misc]
         self._book, self._job, self._numbers, self._ended = book, job, numbers, ended
 
     def suggest(self, trial_id: str) -> Any:
+        if self._book.holds():
+            return None  # Ray asks again
         assignment = self._book.next()
         if assignment is None:
-            return Searcher.FINISHED
+            return None if self._book.waits else Searcher.FINISHED
         self._numbers[trial_id] = assignment.number
         return {"job": json.dumps(self._job(assignment).plain())}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         number = self._numbers[trial_id]
-        self._book.finish(number, lost="its worker died again and again" if error else "")
+        self._book.finish(number, lost=self._book.lost(number) if error else "")
         self._ended(number)
 
     def save(self, checkpoint_path: str) -> None:
@@ -101,33 +104,84 @@ class Face(_Face, Searcher):  # type: ignore[misc]
 
 
 class Gate(_Face, FIFOScheduler):  # type: ignore[misc]
-    """The book as Ray's scheduler."""
+    """The book as Ray's scheduler. Ray begins trials again whose workers died, until the book says that the next death is the last."""
 
-    def __init__(self, book: Book) -> None:
+    def __init__(self, book: Book, numbers: dict[str, int]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._book = book
+        self._book, self._numbers = book, numbers
 
     def on_trial_result(self, tune_controller: Any, trial: RayTrial, result: dict[str, Any]) -> str:
-        goes_on = self._book.hear(json.loads(result["r"]))
+        row = json.loads(result["r"])
+        goes_on = self._book.hear(row)
+        if not self._book.entries[row["trial"]].stuck:
+            trial.max_failures = -1
         return str(self.CONTINUE if goes_on else self.STOP)
+
+    def on_trial_error(self, tune_controller: Any, trial: RayTrial) -> None:
+        cause, free = _cause(trial)
+        again = self._book.died(self._numbers[trial.trial_id], cause, free=free)
+        trial.max_failures = -1 if again else trial.num_failures
 
     def on_trial_complete(self, tune_controller: Any, trial: RayTrial, result: dict[str, Any]) -> None:
         if "r" in result:  # the last report of a trial comes here alone
             self._book.hear(json.loads(result["r"]))
 
 
-class Draw(_Face, tune.Callback):  # type: ignore[misc]
-    """The progress display as Ray's callback, a few times a second."""
+def _cause(trial: RayTrial) -> tuple[str, bool]:
+    """(why a trial's worker died, whether that counts as nobody's fault)."""
+    try:
+        error = pickle.loads(Path(trial.pickled_error_file).read_bytes())
+    except Exception:  # none there, or one that cannot be read
+        return "unknown", False
+    preempted = bool(getattr(error, "preempted", False))
+    cause = cause_of_death(str(error), preempted=preempted)
+    return cause, cause in ("preempted", "node died")
 
-    def __init__(self, draw: Callable[[], None]) -> None:
+
+class Draw(_Face, tune.Callback):  # type: ignore[misc]
+    """What is looked at a few times a second: the progress display, and whether a worker has been silent for too long."""
+
+    def __init__(self, draw: Callable[[], None], book: Book, numbers: dict[str, int], silence: float | None) -> None:
         self._draw, self._latest = draw, 0.0
+        self._book, self._numbers, self._seconds = book, numbers, silence or 0.0
+        self._silence, self._running = Silence(silence, time.monotonic), dict[str, RayTrial]()
 
     def on_step_end(self, iteration: int, trials: list[RayTrial], **info: Any) -> None:
         if time.monotonic() - self._latest > 0.3:
             self._latest = time.monotonic()
             self._draw()
+            if self._book.holds() == "full":
+                self._silence.excuse()  # they wait for space, too
+            for trial_id in self._silence.too_long():
+                self._give_up(str(trial_id))
+
+    def _give_up(self, trial_id: str) -> None:
+        trial = self._running[trial_id]
+        if not self._book.silent(self._numbers[trial_id], self._seconds):
+            trial.max_failures = trial.num_failures  # Ray ends it when it hears of the death
+        self._silence.gone(trial_id)
+        if (actor := trial.temporary_state.ray_actor) is not None:
+            ray.kill(actor)
+
+    def on_trial_start(self, iteration: int, trials: list[RayTrial], trial: RayTrial, **info: Any) -> None:
+        self._running[trial.trial_id] = trial
+        self._silence.heard(trial.trial_id)
+
+    def on_trial_result(self, iteration: int, trials: list[RayTrial], trial: RayTrial, result: dict[str, Any], **info: Any) -> None:
+        self._silence.heard(trial.trial_id)
+
+    def on_trial_recover(self, iteration: int, trials: list[RayTrial], trial: RayTrial, **info: Any) -> None:
+        self._gone(trial)
+
+    def on_trial_error(self, iteration: int, trials: list[RayTrial], trial: RayTrial, **info: Any) -> None:
+        self._gone(trial)
+
+    def _gone(self, trial: RayTrial) -> None:
+        self._running.pop(trial.trial_id, None)
+        self._silence.gone(trial.trial_id)
 
     def on_trial_complete(self, iteration: int, trials: list[RayTrial], trial: RayTrial, **info: Any) -> None:
+        self._gone(trial)
         trial.run_metadata.last_result = {}  # 84 KB a finished trial otherwise
         trial.run_metadata.metric_analysis = {}
 
@@ -163,13 +217,13 @@ class Ray:
     ) -> None:
         """Run until the book has no trial left. Raises KeyboardInterrupt on Ctrl-C; what runs then can be resumed."""
         cpus, gpus = search.workers.cpus, search.workers.gpus
-        scratch = Path(tempfile.mkdtemp(prefix="distprune-ray-"))
+        scratch, numbers = Path(tempfile.mkdtemp(prefix="distprune-ray-")), dict[str, int]()
         try:
             tuner = tune.Tuner(
                 tune.with_resources(Worker, {"cpu": cpus, "gpu": gpus} if gpus else {"cpu": cpus}),
                 tune_config=tune.TuneConfig(
-                    search_alg=Face(book, job, {}, ended),
-                    scheduler=Gate(book),
+                    search_alg=Face(book, job, numbers, ended),
+                    scheduler=Gate(book, numbers),
                     num_samples=-1,
                     max_concurrent_trials=self._slots,
                     reuse_actors=True,
@@ -178,9 +232,9 @@ class Ray:
                 run_config=tune.RunConfig(
                     name="search",
                     storage_path=str(scratch),
-                    callbacks=[Draw(draw)],
+                    callbacks=[Draw(draw, book, numbers, search.limits.silence)],
                     checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # the worker writes its own
-                    failure_config=tune.FailureConfig(max_failures=WORKER_DEATHS),
+                    failure_config=tune.FailureConfig(max_failures=-1),  # see Gate
                     verbose=0,
                 ),
             )

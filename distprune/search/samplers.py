@@ -1,6 +1,7 @@
 """Samplers: who proposes the next trial. Each is made anew for every proposal from a seed of its own, so none has to be saved.
 
-One that learns lives longer, and is taught again by a resumed driver (`budgeted.py`).
+One that goes through the space in an order of its own lives longer, and knows its place by the trial's number (`branches.Placed`);
+one that learns is taught again by a resumed driver (`budgeted.py`).
 """
 
 import warnings
@@ -9,6 +10,7 @@ from typing import Literal
 import optuna
 
 from distprune.errors import UserError
+from distprune.search.branches import BranchTPE, Cma, GridSampler, Nsga2, Nsga3, SobolSampler
 from distprune.search.budgeted import BudgetSampler
 from distprune.search.policy import Settings
 from distprune.search.tables import sampler
@@ -17,21 +19,53 @@ from distprune.search.tables import sampler
 @sampler("tpe", paper="Watanabe 2023, arXiv:2304.11127")
 def tpe(seed: int, *, startup: int = 10) -> optuna.samplers.BaseSampler:
     """Tree-structured Parzen estimator, modelling the parameters of each branch of the space together; random for `startup` trials."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # group: the only way to model a conditional space jointly
-        return optuna.samplers.TPESampler(multivariate=True, group=True, n_startup_trials=startup, seed=seed)
+    return BranchTPE(seed, startup)
 
 
-@sampler("random", paper="Bergstra & Bengio 2012")
+@sampler("random", paper="Bergstra & Bengio 2012", blind=True)
 def random(seed: int) -> optuna.samplers.BaseSampler:
     """Independent draws."""
     return optuna.samplers.RandomSampler(seed=seed)
 
 
-@sampler("nsga2", paper="Deb et al. 2002", keeps_all=True)
+@sampler("grid", blind=True, enumerates=True)
+def grid(seed: int) -> optuna.samplers.BaseSampler:
+    """Every combination of a space of listed values, once each, in an order that spreads them; the search ends with the last."""
+    return GridSampler(seed)
+
+
+@sampler("qmc", paper="Sobol 1967; Bergstra & Bengio 2012, section 2.3", blind=True)
+def qmc(seed: int) -> optuna.samplers.BaseSampler:
+    """A scrambled Sobol sequence with a coordinate for every parameter, used or not: covers the space more evenly than random."""
+    return SobolSampler(seed)
+
+
+@sampler("nsga2", paper="Deb et al. 2002", flat=True)
 def nsga2(seed: int, *, population: int = 20) -> optuna.samplers.BaseSampler:
     """Genetic algorithm with non-dominated sorting."""
-    return optuna.samplers.NSGAIISampler(population_size=population, seed=seed)
+    _check_population(population)
+    return Nsga2(population_size=population, seed=seed)
+
+
+@sampler("nsga3", paper="Deb & Jain 2014", flat=True)
+def nsga3(seed: int, *, population: int = 20, divisions: int = 12) -> optuna.samplers.BaseSampler:
+    """As nsga2, spread by reference points: `divisions` of each axis between the objectives. For three objectives and more."""
+    _check_population(population)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        return Nsga3(population_size=population, dividing_parameter=divisions, seed=seed)
+
+
+@sampler("cmaes", paper="Hansen 2016, arXiv:1604.00772", flat=True, objectives="one")
+def cmaes(seed: int, *, startup: int = 1) -> optuna.samplers.BaseSampler:
+    """Covariance matrix adaptation over all numbers of the space; what is chosen from a list is drawn independently."""
+    return Cma(n_startup_trials=startup, seed=seed, warn_independent_sampling=False)
+
+
+@sampler("gp", paper="Optuna's GPSampler: expected (hypervolume) improvement", flat=True, same_constraint=True, most_trials=300)
+def gp(seed: int, *, startup: int = 10) -> optuna.samplers.BaseSampler:
+    """Gaussian process over the whole space, for few and expensive trials: its cost grows with the cube of their number."""
+    return optuna.samplers.GPSampler(seed=seed, n_startup_trials=startup, warn_independent_sampling=False)
 
 
 @sampler("constrained_rl", paper="Malik et al. 2021, arXiv:2110.08558; He et al. 2018, arXiv:1802.03494", learns=True)
@@ -45,7 +79,7 @@ def constrained_rl(
     wall: bool = False,
     learn: bool = True,
 ) -> BudgetSampler:
-    """A policy proposes what every layer keeps under the search's budget, and `base` the rest. The last of limits.trials is the policy's end.
+    """A policy proposes what every layer keeps under the search's budget, and `base` the rest. The last trial is the policy's end.
 
     It learns from every `batch` trials by PPO-Lagrangian; `wall` keeps each proposal within the budget; without `learn` it only explores.
     """
@@ -53,3 +87,8 @@ def constrained_rl(
         raise UserError(f"sampler.batch must be at least 2 and sampler.spread above 0, got {batch} and {spread}. Leave them out.")
     settings = Settings(batch=batch, spread=spread, multiplier=multiplier, wall=wall, learn=learn)
     return BudgetSampler(seed, sampler.choose(base), settings)
+
+
+def _check_population(population: int) -> None:
+    if not 2 <= population <= 60:  # the fit set has to hold a generation among its latest trials
+        raise UserError(f"sampler.population must be in [2, 60], got {population}. Leave it out for 20.")

@@ -1,16 +1,18 @@
 """What a search is about to do, worked out before anything starts: its space, its rungs, its cost."""
 
-import math
+import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import optuna
 import torch
 
 from distprune.core import registry
 from distprune.core.allocators.constrained_rl import count
-from distprune.core.costs import Subject
+from distprune.core.costs import is_measured, price, subject_of
 from distprune.core.hooks.functional_prior import check_priors
 from distprune.core.legality import fixed_sparsity
 from distprune.core.recipe import Recipe
@@ -19,9 +21,13 @@ from distprune.core.run import Run, check_fits, check_options, prepare
 from distprune.errors import UserError
 from distprune.search.budgeted import ALLOCATOR
 from distprune.search.config import Search
+from distprune.search.enumeration import Grid
 from distprune.search.episodes import Budgets
+from distprune.search.learned import collect
 from distprune.search.rungs import Rungs
 from distprune.search.space import Space
+from distprune.search.starts import settle
+from distprune.store.cache import Cache
 
 _LOOKED_AT = 64  # random recipes whose plans say what trials cost
 
@@ -37,15 +43,23 @@ class Setup:
     mean_cost: int  # samples a random trial bills
     most_cost: int
     budgets: Budgets | None = None  # what a policy decides on, where the space has keep ratios
+    first: tuple[Mapping[str, Any], ...] = ()  # parameters of the first trials, as search.start sets them
+    learned: Mapping[str, list[dict[str, Any]]] = field(default_factory=dict)  # earlier run folder -> its trials that are of use here
+    combinations: int | None = None  # of a space that the sampler goes through as a whole
+    steps_per_epoch: int = 1
 
     def rungs(self, costs: list[int] | None = None) -> Rungs:
         """Fresh rungs, as the scheduler of the search lays them, or at given costs (samples)."""
-        rungs: Rungs = self.search.scheduler(self.dense_cost, self.most_cost)
-        return rungs if costs is None else Rungs(costs, rungs.reduction)
+        rungs: Rungs = self.search.scheduler(self.dense_cost, self.most_cost, 1 + len(self.search.minimize))
+        return rungs if costs is None else rungs.at(costs)
 
 
-def set_up(search: Search) -> Setup:
-    """Load the data, build the network once and try the space out. Raises UserError for what cannot be done."""
+def set_up(search: Search, *, learned: Path | None = None) -> Setup:
+    """Load the data, build the network once and try the space out. Raises UserError for what cannot be done.
+
+    `learned` is where a search that goes on keeps what it learned from earlier ones when it began.
+    """
+    search.scheduler(1, 2, 1 + len(search.minimize))  # options that make no sense are said before anything is written
     dense = prepare(Recipe.read({**search.recipe, "paradigm": "dense", "seed": search.seed}))
     if dense.env.task.direction != "maximize":
         raise UserError(f"A search maximizes the task's objective, {dense.env.task.objective!r} is to be minimized. Give its negative.")
@@ -55,11 +69,12 @@ def set_up(search: Search) -> Setup:
 
     def sparsity_of(granularity: Choice, keep: Mapping[str, float]) -> float:
         units = dense.state.units(granularity, dense.env.task.example)
-        kept = units.weights({layer.name: count(keep.get(layer.name, 1.0), layer) for layer in units.layers()})
-        return 1 - min(kept, units.total - 1) / units.total  # a recipe that prunes keeps less than all
+        share = units.share({layer.name: count(keep.get(layer.name, 1.0), layer) for layer in units.layers()})
+        return max(1 - share, 1 / units.total)  # a recipe that prunes keeps less than all
 
     space = Space(search.recipe, search.space, seed=search.seed, layers=layers, sparsity_of=sparsity_of if search.budget else None)
     budgets = _budgets(search, space, dense)
+    _check_goals(search, space, dense)
     for granularity in space.granularities:
         if fixed_sparsity(granularity) is None:
             dense.state.units(granularity, dense.env.task.example).check(space.highest)
@@ -68,7 +83,17 @@ def set_up(search: Search) -> Setup:
     _leave_out(space, dense, per_epoch, priors="regularizer" in search.space)
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     costs = [space.build(study.ask()).plan(per_epoch).cost for _ in range(_LOOKED_AT)]
-    return Setup(search, space, dense.state.masks.total, dense.plan.cost, sum(costs) // len(costs), max(costs), budgets)
+    first = tuple(settle(space, search.start, seed=search.seed))
+    combinations = Grid(space, seed=search.seed).size if search.sampler.entry.facts["enumerates"] else None
+    mean, known = sum(costs) // len(costs), _learned(search, space, learned)
+    total, cost = dense.state.masks.total, dense.plan.cost
+    return Setup(search, space, total, cost, mean, max(costs), budgets, first, known, combinations, per_epoch)
+
+
+def _learned(search: Search, space: Space, known: Path | None) -> dict[str, list[dict[str, Any]]]:
+    if known is not None and known.exists():
+        return dict(json.loads(known.read_bytes()))
+    return collect(search.learn_from, space, search.plain()["minimize"])
 
 
 def _leave_out(space: Space, dense: Run, per_epoch: int, *, priors: bool) -> None:
@@ -98,16 +123,12 @@ def _budgets(search: Search, space: Space, dense: Run) -> Budgets | None:
     """The layers of the network and what keeping their units costs. Raises UserError where sampler, space and budget do not fit."""
     learns, name = search.sampler.entry.facts["learns"], search.sampler.name
     search.sampler(0)  # options that make no sense are said before anything is written
-    if search.budget is None:
+    if not search.budget:
         if learns:
             raise UserError(f"sampler '{name}' keeps to a budget, and the search has none. Write budget: {{cost: params, most: 0.1}}.")
         return None
-    granularities = space.granularities
-    if search.budget.measured and not any(granularity.entry.facts["channels"] for granularity in granularities):
-        raise UserError(
-            f"budget.cost '{search.budget.cost.name}' is measured on a network that is really smaller, which needs granularity filter or "
-            f"channel, got {', '.join(granularity.name for granularity in granularities)}. Write granularity: filter, or cost: flops."
-        )
+    cost, most = search.budget[0].cost, search.budget[0].most
+    measured = is_measured(cost)
     if (granularity := space.budgeted) is None:
         if learns:
             raise UserError(
@@ -115,20 +136,45 @@ def _budgets(search: Search, space: Space, dense: Run) -> Budgets | None:
                 f"Add {ALLOCATOR} without keep to space.allocator, or write sampler: tpe."
             )
         return None
-    if search.budget.measured and search.sampler.options.get("wall"):
-        raise UserError(f"sampler.wall needs a cost that is known beforehand, got '{search.budget.cost.name}'. Write wall: false.")
+    if measured and search.sampler.options.get("wall"):
+        raise UserError(f"sampler.wall needs a cost that is known beforehand, got '{cost.name}'. Write wall: false.")
     units = dense.state.units(granularity, dense.env.task.example)
-    sizes = {weight: math.prod(shape) for weight, shape in units.shapes.items()}
-    flops = dense.state.layer_flops(dense.env.task.example)
     # What is measured later is in proportion to FLOPs until then.
-    cost = registry.cost.choose("flops") if search.budget.measured else search.budget.cost
-    if cost.name == "flops" and not any(flops.values()):
-        raise UserError("budget.cost 'flops' cannot be counted on this network. Write cost: params.")
+    known = price(registry.cost.choose("flops") if measured else cost, dense.env.profile)
 
     def share(counts: Mapping[str, int]) -> float:
-        return float(cost(Subject.of(units.kept_weights(counts), sizes, flops)))
+        return known.share(units.kept_weights(counts), units.left(counts))
 
-    return Budgets(units.layers(), share, search.budget.most, measured=search.budget.measured)
+    return Budgets(units.layers(), share, most, measured=measured)
+
+
+def _check_goals(search: Search, space: Space, dense: Run) -> None:
+    """Raise UserError for a cost that cannot be had in this space or network, and for a floor that no network is above."""
+    named = [("minimize", cost) for cost in search.minimize] + [("budget.cost", budget.cost) for budget in search.budget]
+    everything = subject_of(dense.state, dense.recipe, dense.env)
+    for where, cost in named:
+        if is_measured(cost):
+            if not any(granularity.entry.facts["channels"] for granularity in space.granularities):
+                names = ", ".join(granularity.name for granularity in space.granularities) or "none"
+                raise UserError(
+                    f"{where} '{cost.name}' is measured on a network that is really smaller, which needs granularity filter or channel, "
+                    f"got {names}. Write granularity: filter, or take flops."
+                )
+            cost = registry.cost.choose("flops")  # what it is taken to be in proportion to at rungs
+        if cost(everything) is None:
+            raise UserError(f"{where} '{cost.name}' cannot be counted on this network. Write params.")
+    low, high = dense.env.task.bounds
+    if search.floor is not None and not low < search.floor <= high:
+        raise UserError(
+            f"floor must be above {low:g} and at most {high:g}, as {dense.env.task.objective} is, got {search.floor:g}. "
+            "Write it as a share: 0.85."
+        )
+
+
+def check_cache(search: Search) -> None:
+    """Raise UserError if the cache cannot be used where the search says that it is. In the storage it always can."""
+    if search.cache is not None and search.cache.path is not None and search.cache_at is not None:
+        Cache.open(search.cache_at)
 
 
 def check_machine(search: Search) -> None:

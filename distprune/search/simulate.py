@@ -1,21 +1,30 @@
 """A search on a virtual clock: the same book and driver, with curves in place of Ray."""
 
 import heapq
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal
 
-from distprune.search.book import Assignment, Book
+from distprune.search.book import Book
 from distprune.search.config import Search
+from distprune.search.entry import Assignment
 from distprune.search.trial import Job
 
 Curve = Callable[[Job], Iterator[dict[str, Any]]]  # the reports of a trial; `run_trial` is one
 
 
 class Simulator:
-    """An engine of `workers` that report when the bill of their trial says so: a sample takes a unit of time."""
+    """An engine of `workers` that report when their trial says so: after as many units of time as it has billed samples, or run seconds.
 
-    def __init__(self, curve: Curve, *, workers: int) -> None:
-        self._curve, self._workers = curve, workers
+    A trial that is gone on with takes only what is left of it.
+    """
+
+    def __init__(self, curve: Curve, *, workers: int, by: Literal["cost", "wall_s"] = "cost") -> None:
+        self._curve, self._workers, self._by = curve, workers, by
+        self._now = 0.0
+
+    def clock(self) -> float:
+        """The virtual time."""
+        return self._now
 
     def open(self, search: Search) -> None:
         """Nothing to get ready."""
@@ -25,24 +34,32 @@ class Simulator:
     ) -> None:
         """Run until the book has no trial left."""
         events: list[tuple[float, int, dict[str, Any], Iterator[dict[str, Any]]]] = []  # (time, worker, report, what follows)
-        now = 0.0
+
+        idle: list[int] = []
 
         def begin(worker: int) -> None:
-            if (assignment := book.next()) is not None:
-                follow(worker, self._curve(job(assignment)), 0.0)
+            if (assignment := book.next()) is None:
+                idle.append(worker)
+            else:
+                follow(worker, self._curve(job(assignment)), self._time(book.entries[assignment.number].last) if assignment.known else 0.0)
 
-        def follow(worker: int, rows: Iterator[dict[str, Any]], billed: float) -> None:
+        def follow(worker: int, rows: Iterator[dict[str, Any]], since: float) -> None:
             row = next(rows)
-            heapq.heappush(events, (now + max(float(row.get("cost") or 0.0) - billed, 0.0), worker, row, rows))
+            heapq.heappush(events, (self._now + max(self._time(row) - since, 0.0), worker, row, rows))
 
         for worker in range(self._workers):
             begin(worker)
         while events:
-            now, worker, row, rows = heapq.heappop(events)
+            self._now, worker, row, rows = heapq.heappop(events)
             if book.hear(row) and not row["final"]:
-                follow(worker, rows, float(row["cost"]))
+                follow(worker, rows, self._time(row))
             else:
                 book.finish(row["trial"])
                 ended(row["trial"])
-                begin(worker)
+                free, idle[:] = [worker, *idle] if book.rungs.promotes else [worker], []  # at a rung it may have let another go on
+                for one in free:
+                    begin(one)
             draw()
+
+    def _time(self, row: Mapping[str, Any]) -> float:
+        return float(row.get(self._by) or 0.0)

@@ -18,6 +18,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+
 from distprune.core import registry
 from distprune.core.legality import fixed_sparsity, violations
 from distprune.core.options import Choices, Option, PerLayer, Range
@@ -37,6 +39,43 @@ class Suggest(Protocol):
     def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float: ...
     def suggest_int(self, name: str, low: int, high: int, *, log: bool = False) -> int: ...
     def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any: ...
+
+
+class Recorder:
+    """Answers what a space asks from given parameters, where there are none with the lowest; keeps the distributions it was asked for.
+
+    Raises KeyError for a parameter that is not given, ValueError for a value outside of its distribution.
+    """
+
+    def __init__(self, given: Mapping[str, Any] | None = None) -> None:
+        self.distributions: dict[str, BaseDistribution] = {}
+        self._given = given
+
+    def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float:
+        return float(self._answer(name, FloatDistribution(low, high, log=log), low))
+
+    def suggest_int(self, name: str, low: int, high: int, *, log: bool = False) -> int:
+        return int(self._answer(name, IntDistribution(low, high, log=log), low))
+
+    def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
+        return self._answer(name, CategoricalDistribution(choices), choices[0])
+
+    def _answer(self, name: str, distribution: BaseDistribution, lowest: Any) -> Any:
+        self.distributions[name] = distribution
+        if self._given is None:
+            return lowest
+        if not within(self._given[name], distribution):
+            raise ValueError(name)
+        return self._given[name]
+
+
+def within(value: Any, distribution: BaseDistribution) -> bool:
+    """Whether a value is one of a distribution's."""
+    if isinstance(distribution, CategoricalDistribution):
+        return any(value == choice and isinstance(value, bool) == isinstance(choice, bool) for choice in distribution.choices)
+    assert isinstance(distribution, FloatDistribution | IntDistribution)
+    kinds = int if isinstance(distribution, IntDistribution) else int | float
+    return isinstance(value, kinds) and not isinstance(value, bool) and distribution.low <= value <= distribution.high
 
 
 class Space:
@@ -91,12 +130,12 @@ class Space:
     @property
     def highest(self) -> float:
         """The highest sparsity that is searched."""
-        return _bounds(self.sparsities)[1]
+        return bounds(self.sparsities)[1]
 
     @property
     def budgeted(self) -> Choice | None:
         """The granularity whose layers' keep ratios are proposed, if they are."""
-        searched = [c for legal in self._legal.values() for c in legal if _sets_sparsity(c) and "keep" in c.searched]
+        searched = [c for legal in self._legal.values() for c in legal if sets_sparsity(c) and "keep" in c.searched]
         return self._free_granularities()[0].choice if searched else None
 
     def _free_granularities(self) -> list[Candidate]:
@@ -111,7 +150,7 @@ class Space:
         elif len(free) > 1:
             names = ", ".join(candidate.label for candidate in free)
             why = f"its ratios are of the layers of one granularity, and space.granularity has {names}. List one of them."
-        for candidate in [candidate for candidate in self.axes["allocator"] if why and _sets_sparsity(candidate)]:
+        for candidate in [candidate for candidate in self.axes["allocator"] if why and sets_sparsity(candidate)]:
             if listed:
                 raise UserError(f"space.allocator {candidate.label}: {why}")
             self.axes["allocator"].remove(candidate)
@@ -127,16 +166,62 @@ class Space:
 
     def build(self, trial: Suggest) -> Recipe:
         """The recipe of a trial."""
-        chosen = [self._pick(trial, "paradigm", self.axes["paradigm"])]
-        axes = self._axes(chosen[0])
-        for axis in axes[1:]:
-            chosen.append(self._pick(trial, self._parameter(chosen, axis), self._legal[_labels(chosen)]))
-        picked = dict(zip(axes, chosen, strict=True))
+        chosen: list[Candidate] = []
+        while (step := self.after(chosen)) is not None:
+            chosen.append(self._pick(trial, step[1], step[2]))
+        return self._finish(trial, chosen)
+
+    def after(self, chosen: Sequence[Candidate]) -> tuple[str, str, list[Candidate]] | None:
+        """What is chosen after `chosen`: (axis, parameter, candidates); None where all axes are. One candidate is no parameter."""
+        if not chosen:
+            return "paradigm", "paradigm", self.axes["paradigm"]
+        axes = self.axes_of(chosen[0])
+        if len(chosen) == len(axes):
+            return None
+        return axes[len(chosen)], self._parameter(chosen, axes[len(chosen)]), self._legal[_labels(chosen)]
+
+    def options(self, chosen: Sequence[Candidate]) -> dict[str, BaseDistribution]:
+        """The parameters of a recipe whose axes are `chosen`, besides the axes themselves."""
+        recorder = Recorder()
+        self._finish(recorder, chosen)
+        return recorder.distributions
+
+    def allows(self, chosen: Sequence[Candidate], sparsity: float) -> bool:
+        """Whether a recipe with these candidates may have that sparsity."""
+        picked = dict(zip(self.axes_of(chosen[0]), chosen, strict=True))
+        if "granularity" not in picked or ("allocator" in picked and sets_sparsity(picked["allocator"])):
+            return False
+        fixed = fixed_sparsity(picked["granularity"].choice)
+        return _within(sparsity, self.sparsities) if fixed is None else abs(sparsity - fixed) < 1e-6
+
+    def parameters(self) -> dict[str, BaseDistribution]:
+        """All parameters that a proposal may have; each has some of them."""
+        recorder = Recorder()
+        paradigms = self.axes["paradigm"]
+        if len(paradigms) > 1:
+            recorder.suggest_categorical("paradigm", _labels(paradigms))
+        found = {("paradigm", candidate.label): candidate for candidate in paradigms}
+        for labels, legal in self._legal.items():
+            if (paradigm := found.get(("paradigm", labels[0]))) is not None:  # else it was left out
+                axis = self.axes_of(paradigm)[len(labels)]
+                found |= {(axis, candidate.label): candidate for candidate in legal}
+                if len(legal) > 1:
+                    recorder.suggest_categorical(self._names[axis, _labels(legal)], _labels(legal))
+        granularities = [candidate for (axis, _), candidate in found.items() if axis == "granularity"]
+        for candidate in found.values():
+            for names in [self._layers(granularity.choice) for granularity in granularities] or [()]:
+                self._choice(recorder, candidate, names)
+        for granularity in granularities:
+            self._sparsity(recorder, granularity)
+        return recorder.distributions
+
+    def _finish(self, trial: Suggest, chosen: Sequence[Candidate]) -> Recipe:
+        picked = dict(zip(self.axes_of(chosen[0]), chosen, strict=True))
         names = self._layers(picked["granularity"].choice) if "granularity" in picked else ()
         choices: dict[str, Any] = {axis: self._choice(trial, candidate, names) for axis, candidate in picked.items()}
         train = replace(self._base.train, optimizer=choices.pop("optimizer", self._base.train.optimizer))
         sparsity = 0.0
-        if "allocator" in picked and _sets_sparsity(picked["allocator"]):
+        if "allocator" in picked and sets_sparsity(picked["allocator"]):
             assert self._sparsity_of is not None
             sparsity = self._sparsity_of(picked["granularity"].choice, choices["allocator"].option("keep"))
         elif "granularity" in picked:
@@ -153,7 +238,7 @@ class Space:
             before = len(first)
             for paradigm in self.axes["paradigm"]:
                 chosen, parameters = [paradigm], {}
-                axes = self._axes(paradigm)
+                axes = self.axes_of(paradigm)
                 for axis in axes[1:]:
                     legal = self._legal[_labels(chosen)]
                     new = [candidate for candidate in legal if (axis, candidate.label) in waiting]
@@ -178,7 +263,8 @@ class Space:
             if len(first) == before:
                 return first
 
-    def _axes(self, paradigm: Candidate) -> list[str]:
+    def axes_of(self, paradigm: Candidate) -> list[str]:
+        """The axes that a paradigm looks at, in the order in which they are chosen."""
         facts = paradigm.choice.entry.facts
         axes = {"paradigm", "regularizer", *facts["uses"]} | ({"optimizer"} if facts["trains"] else set())
         if "sparsity" in facts["uses"]:
@@ -187,7 +273,7 @@ class Space:
 
     def _grow(self, chosen: list[Candidate]) -> bool:
         """Enter the legal candidates that can follow `chosen`, and those that follow them; False if there is no way to a whole recipe."""
-        axes = self._axes(chosen[0])
+        axes = self.axes_of(chosen[0])
         if len(chosen) == len(axes):
             return True
         axis = axes[len(chosen)]
@@ -206,7 +292,7 @@ class Space:
     def _problem(self, chosen: list[Candidate], axis: str) -> str | None:
         if axis == "optimizer":
             return None
-        choices = {name: candidate.choice for name, candidate in zip(self._axes(chosen[0]), chosen, strict=False)}
+        choices = {name: candidate.choice for name, candidate in zip(self.axes_of(chosen[0]), chosen, strict=False)}
         prunes = "sparsity" in chosen[0].choice.entry.facts["uses"]
         fixed = fixed_sparsity(choices["granularity"]) if prunes else 0.0
         sparsity = fixed if fixed is not None else self.highest
@@ -222,7 +308,7 @@ class Space:
             names = [axis] if whole else ["/".join([axis, *_labels(chosen)[:depth]]) for depth in range(1, len(chosen) + 1)]
             self._names[key] = next(name for name in names if name not in taken)
 
-    def _parameter(self, chosen: list[Candidate], axis: str) -> str:
+    def _parameter(self, chosen: Sequence[Candidate], axis: str) -> str:
         return self._names[axis, _labels(self._legal[_labels(chosen)])]
 
     def _sparsity(self, trial: Suggest, granularity: Candidate) -> float:
@@ -231,7 +317,7 @@ class Space:
         if isinstance(self.sparsities, Choices):
             values = self.sparsities.values
             return float(values[0] if len(values) == 1 else trial.suggest_categorical("sparsity", list(values)))
-        low, high = _bounds(self.sparsities)
+        low, high = bounds(self.sparsities)
         return round(1 - trial.suggest_float("density", round(1 - high, 6), round(1 - low, 6), log=True), 5)
 
     def _pick(self, trial: Suggest, name: str, candidates: Sequence[Candidate]) -> Candidate:
@@ -255,27 +341,29 @@ def _never(paradigm: Candidate, reason: str) -> UserError:
     return UserError(f"space: paradigm '{paradigm.label}' can never be proposed. {reason}")
 
 
-def _sets_sparsity(candidate: Candidate) -> bool:
+def sets_sparsity(candidate: Candidate) -> bool:
+    """Whether an allocator's options say what each layer keeps, and so the sparsity."""
     return bool(candidate.choice.entry.facts.get("sets_sparsity"))  # a fact of allocators alone
 
 
 def _fixes(axis: str, candidate: Candidate) -> bool:
     """Whether a candidate of an axis leaves no choice of the sparsity."""
-    return _sets_sparsity(candidate) if axis == "allocator" else axis == "granularity" and fixed_sparsity(candidate.choice) is not None
+    return sets_sparsity(candidate) if axis == "allocator" else axis == "granularity" and fixed_sparsity(candidate.choice) is not None
 
 
 def _labels(chosen: Sequence[Candidate]) -> _Labels:
     return tuple(candidate.label for candidate in chosen)
 
 
-def _bounds(sparsities: Range | Choices) -> tuple[float, float]:
+def bounds(sparsities: Range | Choices) -> tuple[float, float]:
+    """The lowest and the highest."""
     if isinstance(sparsities, Choices):
         return min(sparsities.values), max(sparsities.values)
     return sparsities.low, sparsities.high
 
 
 def _within(sparsity: float, sparsities: Range | Choices) -> bool:
-    low, high = _bounds(sparsities)
+    low, high = bounds(sparsities)
     return any(abs(sparsity - value) < 1e-6 for value in sparsities.values) if isinstance(sparsities, Choices) else low <= sparsity <= high
 
 

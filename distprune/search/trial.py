@@ -1,12 +1,15 @@
 """One trial as its worker runs it: from a job, which is plain data, to reports, which are plain data."""
 
+import gc
 import json
+import math
 import os
 import shutil
 import time
 import uuid
 from collections.abc import Generator, Iterator
-from dataclasses import asdict, dataclass
+from contextlib import closing
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,8 @@ import torch
 from torch import nn
 
 from distprune.core import registry
-from distprune.core.costs import Subject
+from distprune.core.allocation import OutOfMemory, Unsplittable, is_shortage
+from distprune.core.costs import counted, is_measured, label, subject_of
 from distprune.core.edits.shrink import shrink
 from distprune.core.executor import Report, execute
 from distprune.core.lengths import to_steps
@@ -23,15 +27,19 @@ from distprune.core.metrics import collapsed, flops
 from distprune.core.plan import Plan
 from distprune.core.projection import project
 from distprune.core.recipe import Recipe
+from distprune.core.registry import Choice
 from distprune.core.run import Run, prepare
 from distprune.core.stages import Prune
 from distprune.core.state import State
 from distprune.core.streams import global_stream
 from distprune.errors import UserError
+from distprune.search.sharing import Sharing
+from distprune.store.cache import Cache
+from distprune.store.files import publish_folder
 from distprune.store.folder import RunFolder
 
 CHECKPOINT_EVERY_S = 60.0  # besides those at rungs and at the end
-_KEPT_CHECKPOINTS = 2
+KEPT_CHECKPOINTS = 2  # of an attempt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +56,9 @@ class Job:
     threads: int
     device: str
     working_dir: str  # where the user's modules and data are looked for
-    cost: Any = None  # what is measured at the end of the trial besides, as YAML writes it
+    costs: list[Any] = field(default_factory=list)  # that the search asks for, as YAML writes them
+    cache: str | None = None  # folder or URL of the stage cache
+    cache_limit: int | None = None  # its bytes
 
     def plain(self) -> dict[str, Any]:
         """For JSON."""
@@ -57,75 +67,147 @@ class Job:
 
 def run_trial(job: Job) -> Generator[dict[str, Any], None, None]:
     """Yield a row of `reports.arrows` at each report. Never raises: what goes wrong is the last row, and the worker lives on."""
-    attempt = uuid.uuid4().hex[:8]
-    base = {"trial": job.number, "attempt": attempt}
-    count = 0
-    try:
-        for row in _rows(job, base):
-            count = row["index"] + 1
-            yield row
-    except Exception as error:  # whatever a user's model, data or loss may raise
-        yield {**base, **_failure(error), "index": max(count, job.known), "final": True, "rung": -1}
+    memory, count = Memory(), job.known
+    while True:
+        base = {"trial": job.number, "attempt": uuid.uuid4().hex[:8]}
+        try:
+            for row in _rows(job, base, memory):
+                count = max(count, row["index"] + 1)  # rows from before memory ran out come again: the first of each counts
+                yield row
+            return
+        except Exception as error:  # whatever a user's model, data or loss may raise
+            if not memory.halve(error, job.recipe["train"]["batch_size"]):
+                yield {**base, **_failure(error, memory), "index": count, "final": True, "rung": -1}
+                return
+        _free_memory()  # here nothing holds the failed pass any more
 
 
-def _failure(error: Exception) -> dict[str, Any]:
+@dataclass
+class Memory:
+    """How many samples a trial may have in one pass, once it has run out of memory, and how often it was begun again for that."""
+
+    micro_batch: int | None = None
+    retries: int = 0
+
+    def halve(self, error: Exception, batch_size: int) -> bool:
+        """Whether to go on with half of the samples in a pass: memory ran out, and there was more than one."""
+        if not is_shortage(error):
+            return False
+        samples = error.samples if isinstance(error, OutOfMemory) else self.micro_batch or batch_size
+        if samples > 1:
+            self.micro_batch, self.retries = samples // 2, self.retries + 1
+        return samples > 1
+
+    def facts(self) -> dict[str, Any]:
+        """For `extra` of a report; empty where memory was enough."""
+        return asdict(self) if self.retries else {}
+
+
+def _free_memory() -> None:
+    gc.collect()  # a state and its optimizer are a cycle
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _failure(error: Exception, memory: Memory) -> dict[str, Any]:
     if isinstance(error, Diverged):
         ended = "nan"
-    elif isinstance(error, torch.OutOfMemoryError):
+    elif is_shortage(error) or (memory.retries and _is_too_little(error)):
         ended = "oom"
     else:
         ended = "error"
-    text = str(error) if isinstance(error, UserError | Diverged) else f"{type(error).__name__}: {error}"
-    return {"ended": ended, "extra": json.dumps({"reason": " ".join(text.split())[:500], "pid": os.getpid()})}
+    text = str(error) if isinstance(error, UserError | Diverged | OutOfMemory) else f"{type(error).__name__}: {error}"
+    if memory.retries:
+        text = f"With a micro-batch of {memory.micro_batch} after running out of memory: {text}"
+    return {"ended": ended, "extra": json.dumps({"reason": " ".join(text.split())[:500], "pid": os.getpid(), **memory.facts()})}
 
 
-def _rows(job: Job, base: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def _is_too_little(error: Exception) -> bool:
+    """Whether a batch cannot be split, or batch normalisation was shown a single sample."""
+    return isinstance(error, Unsplittable) or "more than 1 value per channel" in str(error)
+
+
+def _rows(job: Job, base: dict[str, Any], memory: Memory) -> Iterator[dict[str, Any]]:
     if os.path.isdir(job.working_dir):  # on another node, Ray has put the worker into its own copy of it
         os.chdir(job.working_dir)
     torch.set_num_threads(job.threads)
     started = time.monotonic()
     run = prepare(Recipe.read(job.recipe), device=job.device, report_every=job.report_every)
     folder = RunFolder(Path(job.folder))
-    outbox = _restore(folder, job, run)
+    outbox = _restore(folder, job, run, memory)
+    run.env.task.micro_batch = memory.micro_batch
     yield from (row for row in outbox if row["index"] >= job.known)
     if outbox and outbox[-1]["final"]:
         return
     grace = grace_cost(run.plan)
     recovery = to_steps(job.recovery, steps_per_epoch=run.env.task.steps_per_epoch(run.recipe.train.batch_size))
     rung = max((row["rung"] for row in outbox), default=-1)
-    ledger, saved_at = run.state.ledger, started
-    before = ledger.cost + ledger.observing  # run in earlier attempts
-    kept_checkpoints: list[Path] = []
-    for report in execute(run.plan, run.state, run.env):
-        row = {**base, **_row(report, run, job.cost)}
-        crossed = rung if report.cost < grace else sum(report.cost >= cost for cost in job.rungs) - 1
-        if crossed > rung and not report.final:
-            row["score"] = _score(run, report, recovery)
-        elif report.final:
-            row["score"] = row["objective"]
-        row |= {"rung": crossed, "spent": ledger.cost + ledger.observing - before, "wall_s": time.monotonic() - started}
-        outbox.append(row)
-        if crossed > rung or report.final or time.monotonic() - saved_at > CHECKPOINT_EVERY_S:
-            saved_at = time.monotonic()
-            kept_checkpoints.append(_save(folder, run, outbox))
-            for old in kept_checkpoints[:-_KEPT_CHECKPOINTS]:
-                shutil.rmtree(old, ignore_errors=True)
-        rung = crossed
-        yield row
+    saved_at, kept_checkpoints = started, list[Path]()
+    before = _run_so_far(run)  # in earlier attempts
+    sharing = _sharing(job, run, memory)
+    saved = json.loads(outbox[-1]["extra"]).get("saved", 0) if outbox else 0
+
+    def due() -> float:
+        """The bill from which the next report is scored."""
+        return max(grace, job.rungs[rung + 1]) if rung + 1 < len(job.rungs) else math.inf
+
+    with closing(sharing.reports(outbox, due) if sharing else execute(run.plan, run.state, run.env)) as reports:
+        for report in reports:
+            own = report if isinstance(report, Report) else None  # else a row from the cache
+            row = {**base, "index": len(outbox), **(_row(report, run, job.costs, memory) if isinstance(report, Report) else report)}
+            crossed = rung if row["cost"] < grace else sum(row["cost"] >= cost for cost in job.rungs) - 1
+            if own and crossed > rung and not own.final:
+                row |= _score(run, own, recovery, row, job.costs)
+            elif row["final"]:
+                row["score"] = row["objective"]
+            spent = _run_so_far(run) - before - (sharing.served if sharing else 0)
+            row |= {"rung": crossed, "spent": spent, "wall_s": time.monotonic() - started}
+            if sharing and saved + sharing.served:
+                row["extra"] = json.dumps({**json.loads(row["extra"]), "saved": saved + sharing.served})
+            outbox.append(row)
+            # A state from the cache is ahead of the reports that come with it.
+            if own and (crossed > rung or row["final"] or time.monotonic() - saved_at > CHECKPOINT_EVERY_S):
+                saved_at = time.monotonic()
+                kept_checkpoints.append(_save(folder, run, outbox, memory))
+                for old in kept_checkpoints[:-KEPT_CHECKPOINTS]:
+                    shutil.rmtree(old, ignore_errors=True)
+            rung = crossed
+            yield row
 
 
-def _score(run: Run, report: Report, recovery: int) -> float:
-    """The score at a rung; the plain objective where the projected copy cannot be trained, which must not end the trial."""
+def _run_so_far(run: Run) -> int:
+    return run.state.ledger.cost + run.state.ledger.observing
+
+
+def _sharing(job: Job, run: Run, memory: Memory) -> Sharing | None:
+    """The stage cache; none for a trial in parts of batches, whose bits are its own, and none where it cannot be opened."""
+    if job.cache is None or memory.micro_batch is not None:
+        return None
     try:
-        score, spent = project(run.state, run.recipe, run.plan, run.env, recovery=recovery)
+        return Sharing(Cache.open(job.cache, limit=job.cache_limit), run, job.rungs)
     except UserError:
-        return report.metrics[run.env.task.objective]
-    run.state.ledger.observing += spent
-    return score
+        return None
 
 
-def _row(report: Report, run: Run, cost: Any) -> dict[str, Any]:
-    extra = {"metrics": report.metrics, "stage": report.stage, "clock": report.clock, "lap": report.lap}
+def _score(run: Run, report: Report, recovery: int, row: dict[str, Any], costs: list[Any]) -> dict[str, Any]:
+    """The score at a rung with the costs that go with it, those that are functions of the masks.
+
+    The plain objective, and no costs, where the projected copy cannot be trained, which must not end the trial.
+    """
+    try:
+        found = project(run.state, run.recipe, run.plan, run.env, recovery=recovery, costs=_read(costs))
+    except UserError:
+        return {"score": report.metrics[run.env.task.objective]}
+    run.state.ledger.observing += found.spent
+    return {"score": found.score, "extra": json.dumps({**json.loads(row["extra"]), "costs": found.costs})}
+
+
+def _read(costs: list[Any]) -> tuple[Choice, ...]:
+    return tuple(registry.cost.read(cost, "cost") for cost in costs)
+
+
+def _row(report: Report, run: Run, costs: list[Any], memory: Memory) -> dict[str, Any]:
+    extra = {"metrics": report.metrics, "stage": report.stage, "clock": report.clock, "lap": report.lap, **memory.facts()}
     if report.final:
         masks, state = run.state.masks, run.state
         extra |= {
@@ -137,7 +219,7 @@ def _row(report: Report, run: Run, cost: Any) -> dict[str, Any]:
             "ledger": asdict(state.ledger),
             **_diagnosis(run),
         }
-        extra["costs"] = _costs(run, extra, cost)
+        extra["costs"] = _costs(run, _read(costs))
     return {
         "index": report.index,
         "final": report.final,
@@ -164,8 +246,8 @@ def _diagnosis(run: Run) -> dict[str, Any]:
     return {**measured, "collapsed": [name for name in dead if counts[name]]}
 
 
-def _costs(run: Run, extra: dict[str, Any], measured: Any) -> dict[str, float | None]:
-    """Shares of the dense network's costs by name: those that are functions of the masks, and the one that is to be measured."""
+def _costs(run: Run, asked: tuple[Choice, ...]) -> dict[str, float | None]:
+    """Shares of the dense network's costs by label: those that are functions of the masks, and those that the search wants measured."""
     state, env = run.state, run.env
 
     def networks() -> tuple[nn.Module, nn.Module, torch.Tensor]:
@@ -174,10 +256,8 @@ def _costs(run: Run, extra: dict[str, Any], measured: Any) -> dict[str, float | 
             dense = env.build().to(env.device)
         return dense, shrink(state.model, units.channels, units.alive(state.masks)), env.task.example()
 
-    subject = Subject(state.masks.kept, state.total, extra.get("flops", 0.0), extra.get("dense_flops", 0.0), networks)
-    choices = [registry.cost.choose(entry.name) for entry in registry.cost if not entry.facts["measured"]]
-    choices += [registry.cost.read(measured, "cost")] if measured is not None else []
-    return {choice.name: choice(subject) for choice in choices}
+    subject = replace(subject_of(state, run.recipe, env), networks=networks)
+    return {**counted(subject, asked), **{label(cost): cost(subject) for cost in asked if is_measured(cost)}}
 
 
 def grace_cost(plan: Plan) -> int:
@@ -186,24 +266,36 @@ def grace_cost(plan: Plan) -> int:
     return sum(plan.costs()[: prunes[1]]) if len(prunes) > 1 else 0
 
 
-def _save(folder: RunFolder, run: Run, outbox: list[dict[str, Any]]) -> Path:
-    """Write a checkpoint with all reports of the trial so far, so that it is never ahead of what can be reported."""
+def _save(folder: RunFolder, run: Run, outbox: list[dict[str, Any]], memory: Memory) -> Path:
+    """Write a checkpoint with all reports of the trial so far, so that it is never ahead of what can be reported.
+
+    Its size is noted in the latest report, from which the driver knows what lies on the disk. A full disk is waited for.
+    """
     last = outbox[-1]
     target = folder.checkpoint(last["trial"], last["attempt"], last["index"])
-    aside = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
-    aside.mkdir(parents=True)
-    run.state.save(aside / "state.safetensors", key=run.key, outbox=outbox)
-    aside.rename(target)
+
+    def fill(aside: Path) -> None:
+        run.state.save(aside / "state.safetensors", key=run.key, outbox=outbox, memory=asdict(memory))
+
+    publish_folder(target, fill)
+    last["extra"] = json.dumps({**json.loads(last["extra"]), "saved": (target / "state.safetensors").stat().st_size})
     return target
 
 
-def _restore(folder: RunFolder, job: Job, run: Run) -> list[dict[str, Any]]:
-    """Load the newest readable checkpoint of any attempt into the run's state and return its reports; others are passed over."""
+def _restore(folder: RunFolder, job: Job, run: Run, memory: Memory) -> list[dict[str, Any]]:
+    """Load the newest readable checkpoint of any attempt into the run's state and return its reports; others are passed over.
+
+    A trial that has run out of memory before goes on as it did then.
+    """
     for checkpoint in checkpoints(folder, job.number):
         file = checkpoint / "state.safetensors"
         try:
             if State.facts(file)["key"] == run.key:  # another torch or an edited model would go on from bits that are not its own
-                return list(run.state.load(file)["outbox"])
+                facts = run.state.load(file)
+                if not memory.retries:
+                    before = facts.get("memory") or {}
+                    memory.micro_batch, memory.retries = before.get("micro_batch"), before.get("retries", 0)
+                return list(facts["outbox"])
         except UserError:
             continue
     return []

@@ -1,39 +1,131 @@
-"""The few ways in which a run folder is written. Every write passes through here, so that tests can kill a process at any of them."""
+"""The few ways in which a run folder is written. Every write passes through here, so that tests can kill a process at any of them.
 
+Where the disk is full, whoever writes waits until there is space: nothing is lost, and no part of a record stays behind.
+"""
+
+import errno
 import fcntl
 import os
+import shutil
+import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 from distprune.errors import UserError
 
+T = TypeVar("T")
+Told = Callable[[Path, bool], None]  # (what is written, whether it waits now or goes on)
+
 _write = os.write  # tests put a write in its place that is cut short
+_sync = os.fsync
+_sleep = time.sleep
+_told: list[Told] = []
+
+_TRY_AGAIN_S = 2.0
 
 
 def append(path: str | Path, data: bytes, *, sync: bool = False) -> None:
     """Add bytes at the end of a file, creating it."""
+    patiently(path, lambda: _append(path, data, sync))
+
+
+def _append(path: str | Path, data: bytes, sync: bool) -> None:
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
-        _write_all(descriptor, data)
-        if sync:
-            os.fsync(descriptor)
+        size = os.fstat(descriptor).st_size
+        try:
+            _write_all(descriptor, data)
+            if sync:
+                _sync(descriptor)
+        except OSError:
+            os.ftruncate(descriptor, size)
+            raise
     finally:
         os.close(descriptor)
 
 
 def publish(path: str | Path, data: bytes) -> None:
     """Replace a file at once: readers see the old content or the new one, never a part."""
-    path = Path(path)
+    patiently(path, lambda: _publish(Path(path), data))
+
+
+def _publish(path: Path, data: bytes) -> None:
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
     try:
-        _write_all(descriptor, data)
-        os.fsync(descriptor)
+        try:
+            _write_all(descriptor, data)
+            _sync(descriptor)
+        finally:
+            os.close(descriptor)
+        os.replace(aside, path)
+    except OSError:
+        aside.unlink(missing_ok=True)
+        raise
+
+
+def publish_folder(target: Path, fill: Callable[[Path], None]) -> None:
+    """Make the folder `target` with what `fill` writes into it: readers see nothing or all of it."""
+    patiently(target, lambda: _publish_folder(target, fill))
+
+
+def _publish_folder(target: Path, fill: Callable[[Path], None]) -> None:
+    aside = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        aside.mkdir(parents=True)
+        fill(aside)
+        aside.rename(target)
+    except Exception:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether an exception says that the disk, or this user's share of it, is full."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    text = str(error)  # safetensors wraps what the system said
+    return any(f"os error {number}" in text for number in (errno.ENOSPC, errno.EDQUOT))
+
+
+def patiently(path: str | Path, work: Callable[[], T]) -> T:
+    """Do `work`, which leaves nothing behind where it fails, again and again while the disk is full."""
+    waits = False
+    while True:
+        try:
+            done = work()
+        except Exception as error:
+            if not is_full(error):
+                raise
+        else:
+            break
+        if not waits:
+            waits = True
+            for told in _told:
+                told(Path(path), True)
+        _sleep(_TRY_AGAIN_S)
+    if waits:
+        for told in _told:
+            told(Path(path), False)
+    return done
+
+
+@contextmanager
+def telling(told: Told) -> Iterator[None]:
+    """Tell when a write of this process waits for space on the disk, and when it goes on."""
+    _told.append(told)
+    try:
+        yield
     finally:
-        os.close(descriptor)
-    os.replace(aside, path)
+        _told.remove(told)
+
+
+def free_bytes(folder: str | Path) -> int:
+    """What this user may still write there."""
+    return shutil.disk_usage(folder).free
 
 
 def cut(path: str | Path, size: int) -> None:

@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from distprune.core.config import read_yaml
 from distprune.errors import UserError
 
 
@@ -21,6 +23,20 @@ class RunFolder:
             known = f" There are: {', '.join(map(str, others[:8]))}." if others else " Start one with: distprune search configs/digits.yaml"
             raise UserError(f"{path} is not a run folder: it has no search.yaml.{known}")
         return folder
+
+    @property
+    def simulated(self) -> dict[str, Any] | None:
+        """What a simulated search says of itself; None for a real one."""
+        facts = read_yaml(self.search_yaml)
+        return facts.get("simulated")
+
+    def check_real(self, done: str) -> None:
+        """Raise UserError for a simulated search: it holds no networks, so it cannot be e.g. exported."""
+        if simulated := self.simulated:
+            raise UserError(
+                f"{self.path} is a simulated search, whose trials were looked up in {simulated['run']}: it cannot be {done}. "
+                "Run the search itself, or simulate it again under another name."
+            )
 
     def check_new(self) -> None:
         """Raise UserError if something is there already."""
@@ -46,6 +62,11 @@ class RunFolder:
     def journal(self) -> Path:
         """Optuna's journal: the truth about trials."""
         return self.path / "study.journal"
+
+    @property
+    def learned(self) -> Path:
+        """Trials of earlier searches that the sampler learns from."""
+        return self.path / "learned.json"
 
     @property
     def reports(self) -> Path:
@@ -75,6 +96,10 @@ class RunFolder:
     def masks_file(self, trial: int) -> Path:
         """The masks of one trial."""
         return self.masks / f"{int(trial)}.safetensors"
+
+    def dropped(self, trial: int) -> Path:
+        """Says that a trial of the front has lost its weights for want of space."""
+        return self.checkpoints / str(int(trial)) / "dropped"
 
     def checkpoint(self, trial: int, attempt: str, index: int) -> Path:
         """The folder of a checkpoint. Raises ValueError for an attempt that is not a plain name."""

@@ -38,6 +38,8 @@ SCHEMA = pa.schema(
         ("crc", pa.uint32()),
     ]
 )
+_NAMES = [field.name for field in SCHEMA if field.name != "crc"]
+_FLOATS = [field.name for field in SCHEMA if pa.types.is_float64(field.type)]
 _DEFAULTS = {"attempt": "", "rung": -1, "final": False, "ended": "", "extra": "{}"}
 _FLUSH_EVERY_S = 0.5
 _HEAD = SCHEMA.serialize().to_pybytes()
@@ -45,14 +47,14 @@ _MARK = b"\xff\xff\xff\xff"  # begins every message of a stream
 
 
 def _checksum(row: Mapping[str, Any]) -> int:
-    return zlib.crc32(json.dumps([row[field.name] for field in SCHEMA if field.name != "crc"]).encode())
+    return zlib.crc32(json.dumps([row[name] for name in _NAMES]).encode())
 
 
 def _complete(row: Mapping[str, Any]) -> dict[str, Any]:
-    full = {field.name: row.get(field.name, _DEFAULTS.get(field.name)) for field in SCHEMA}
-    for field in SCHEMA:
-        if pa.types.is_float64(field.type) and full[field.name] is not None:
-            full[field.name] = float(full[field.name])
+    full = {name: row.get(name, _DEFAULTS.get(name)) for name in _NAMES}
+    for name in _FLOATS:
+        if full[name] is not None:
+            full[name] = float(full[name])
     return {**full, "crc": _checksum(full)}
 
 

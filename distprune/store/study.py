@@ -4,6 +4,7 @@ Written by one driver. A trial is born with one record and its end is told with 
 """
 
 import json
+import time
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,17 +19,26 @@ from optuna.trial import FrozenTrial, TrialState
 
 from distprune.store import files
 
+_SYNC_EVERY_S = 1.0
+
 
 class _Journal(JournalFileBackend):
-    """Optuna's journal file, written by the store's own means. The run's lock makes Optuna's needless."""
+    """Optuna's journal file, written by the store's own means. The run's lock makes Optuna's needless.
+
+    A record survives the death of the driver as soon as it is written; one of the machine, when it is synced: at most once a second,
+    as a thousand short trials would wait longer for the disk than for anything else.
+    """
 
     def __init__(self, path: Path) -> None:
         super().__init__(str(path))
-        self._path = path
+        self._path, self._synced = path, 0.0
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
         lines = "".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs)
-        files.append(self._path, lines.encode(), sync=True)
+        due = time.monotonic() - self._synced >= _SYNC_EVERY_S
+        files.append(self._path, lines.encode(), sync=due)
+        if due:
+            self._synced = time.monotonic()
 
 
 class Truth:
@@ -88,15 +98,25 @@ class Truth:
     def tell(
         self, number: int, state: TrialState, values: Sequence[float] | None, constraints: Mapping[str, float], attrs: Mapping[str, Any]
     ) -> bool:
-        """Record how a trial ended; the state comes last and commits the rest. False if it was told before, which changes nothing."""
+        """Record how a trial ended; the state comes last and commits the rest. False if it was told before, which changes nothing.
+
+        The value of a PRUNED trial is the one at the rung that `attrs` names.
+        """
         trial_id = self._ids[number]
         if self._storage.get_trial(trial_id).state.is_finished():
             return False
         self._storage.set_trial_user_attr(trial_id, "end", dict(attrs))
         for key, value in constraints.items():
             self._storage.set_trial_system_attr(trial_id, f"constraints:{key}", float(value))  # as optuna.Trial.set_constraint stores it
+        if state == TrialState.PRUNED and values:
+            self._storage.set_trial_intermediate_value(trial_id, attrs["rung"], values[0])
         self._storage.set_trial_state_values(trial_id, state, values)
         return True
+
+    def parameters(self, number: int) -> tuple[dict[str, Any], dict[str, BaseDistribution]]:
+        """What trial `number` was proposed with."""
+        trial = self._storage.get_trial(self._ids[number])
+        return trial.params, trial.distributions
 
     def trials(self) -> list[FrozenTrial]:
         """All trials, by number."""

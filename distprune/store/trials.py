@@ -1,6 +1,7 @@
 """`trials.parquet`: a row a trial, a view that is rebuilt whole from the journal and the reports."""
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,12 @@ import pyarrow.parquet as pq
 
 from distprune.store import files
 
+_BATCH = 1000
 _TEXT, _NUMBER, _COUNT = pa.string(), pa.float64(), pa.int64()
 SCHEMA = pa.schema(
     [
         ("number", _COUNT),
-        ("ended", _TEXT),  # finished, stopped, error, nan, oom, duplicate, running
+        ("ended", _TEXT),  # finished, stopped, error, nan, oom, timeout, lost, duplicate, running
         ("reason", _TEXT),
         ("pareto", pa.bool_()),
         ("paradigm", _TEXT),
@@ -26,14 +28,23 @@ SCHEMA = pa.schema(
         ("objective", _NUMBER),  # on validation, at the last report
         ("score", _NUMBER),  # the best so far, of the network projected onto its final budget
         ("test", _NUMBER),  # trials on the front only
+        ("repeat_of", _COUNT),  # the finalist that it repeats with another seed
+        ("seeds", _COUNT),  # finished repeats of a finalist; the mean and standard deviation of their objective, its own not included
+        ("mean", _NUMBER),
+        ("spread", _NUMBER),
         ("params", _COUNT),  # kept weights and everything that is not prunable
         ("flops", _NUMBER),  # ideal sparse, of one sample
+        ("costs", _TEXT),  # JSON: shares of the dense network's costs, by name
         ("cost", _NUMBER),  # billed samples
         ("spent", _NUMBER),  # samples really run
+        ("saved", _COUNT),  # billed samples that other trials had run
         ("bill_flops", _NUMBER),  # of the billed samples in the prunable layers, as dense hardware runs them; finished trials only
         ("bill_sparse_flops", _NUMBER),  # of the same, with zeros skipped
         ("rung", _COUNT),
         ("attempts", _COUNT),
+        ("deaths", _TEXT),  # JSON: why its workers died, as far as a driver saw it
+        ("micro_batch", _COUNT),  # the most samples in one pass, where memory ran out; empty where it did not
+        ("retries", _COUNT),  # times that it was begun again with half of the samples in a pass
         ("wall_s", _NUMBER),
         ("recipe_key", _TEXT),
         ("recipe", _TEXT),  # JSON
@@ -43,13 +54,16 @@ SCHEMA = pa.schema(
 )
 
 
-def write_trials(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Replace the table."""
+def write_trials(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Replace the table. Rows are made and written a batch at a time: as Python objects they are many times larger than the file."""
     sink = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_pylist(list(rows), schema=SCHEMA), sink)
+    left = iter(rows)
+    with pq.ParquetWriter(sink, SCHEMA) as writer:
+        while batch := list(itertools.islice(left, _BATCH)):
+            writer.write_table(pa.Table.from_pylist(batch, schema=SCHEMA))
     files.publish(path, sink.getvalue().to_pybytes())
 
 
-def read_trials(path: str | Path) -> pa.Table:
-    """The table."""
-    return pq.read_table(path)
+def read_trials(path: str | Path, *, columns: Sequence[str] | None = None) -> pa.Table:
+    """The table, or some of its columns."""
+    return pq.read_table(path, columns=list(columns) if columns else None)

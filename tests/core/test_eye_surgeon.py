@@ -34,7 +34,7 @@ def surgeon(**changes: Any) -> EyeSurgeon:
 def tiny(hook: EyeSurgeon) -> tuple[State, Any]:
     """A linear layer of 12 weights under the hook, its logits spread out."""
     state = State.new(lambda: nn.Linear(4, 3), seed=0, device=torch.device("cpu"))
-    env: Any = SimpleNamespace(seed=0)
+    env: Any = SimpleNamespace(seed=0, task=SimpleNamespace(example=None))
     state.slots[slot(0, hook)] = {}
     hook.start(state.slots[slot(0, hook)], state, env)
     assert not state.leaves["scores/weight"].any(), "every weight is kept with probability 1/2 at the start"

@@ -232,7 +232,7 @@ def test_a_search_can_be_set_up_and_unfinished_trials_are_scored() -> None:
     assert setup.dense_cost == 40 < setup.most_cost
     run = ready("eye_surgeon", sparsity=0.8, allocator="erk", train={"length": "4ep"})
     for report in execute(run.plan, run.state, run.env):
-        score, spent = project(run.state, run.recipe, run.plan, run.env, recovery=10)
+        score, spent, _ = project(run.state, run.recipe, run.plan, run.env, recovery=10)
         assert spent == 10 + 5 and abs(score - report.metrics["held_out"]) < 20
 
 

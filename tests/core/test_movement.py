@@ -17,7 +17,7 @@ from distprune.core.stages import Train
 from distprune.core.state import State
 from distprune.errors import UserError
 
-ENV: Any = SimpleNamespace(seed=0)
+ENV: Any = SimpleNamespace(seed=0, task=SimpleNamespace(example=None))
 
 
 def movement(**changes: Any) -> Movement:

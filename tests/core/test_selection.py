@@ -40,7 +40,7 @@ def supermask(**changes: Any) -> Supermask:
 def tiny(hook: Selection) -> tuple[State, Any]:
     """A linear layer of 12 weights under a hook."""
     state = State.new(lambda: nn.Linear(4, 3), seed=0, device=torch.device("cpu"))
-    env: Any = SimpleNamespace(seed=0)
+    env: Any = SimpleNamespace(seed=0, task=SimpleNamespace(example=None))
     state.slots[slot(0, hook)] = {}
     hook.start(state.slots[slot(0, hook)], state, env)
     return state, env
@@ -197,7 +197,7 @@ def test_frozen_values_are_as_stated() -> None:
     torch.testing.assert_close(start(edge_popup(weights="signed")), init.sign() * math.sqrt(2 / 4))
     torch.testing.assert_close(start(supermask(signed=True)), init.sign() * init.std(correction=0))
     wide = State.new(lambda: nn.Linear(400, 300), seed=0, device=torch.device("cpu"))
-    edge_popup(weights="kaiming").start({}, wide, SimpleNamespace(seed=0))  # type: ignore[arg-type]
+    edge_popup(weights="kaiming").start({}, wide, SimpleNamespace(seed=0, task=SimpleNamespace(example=None)))  # type: ignore[arg-type]
     assert float(wide.weights["weight"].detach().std()) == pytest.approx(math.sqrt(2 / 400), rel=0.02)
 
 

@@ -164,7 +164,7 @@ def _compensated(
     device = torch.device("cpu")
     task = GivenBatches([(batch, batch) for batch in inputs], lambda outputs, targets: outputs.sum())
     state = State.new(lambda: model, seed=0, device=device)
-    env = Env(task=task, build=lambda: model, seed=0, device=device, report_every=1, flops={})
+    env = Env(task=task, build=lambda: model, seed=0, device=device, report_every=1)
     list(Snapshot(tag="dense").run(state, env))
     dense = state.values()
     state.set_masks(Masks({name: mask(name, weight) for name, weight in state.weights.items()}))

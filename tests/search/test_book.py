@@ -8,7 +8,6 @@ import pytest
 from searches import curve, outcome, reports, resume, search, start, trials
 
 from distprune.errors import UserError
-from distprune.search.rungs import Rungs, boundaries, dominates, order
 from distprune.search.trial import Job
 from distprune.store.files import lock
 
@@ -56,12 +55,14 @@ def test_stopped_trials_carry_values_and_a_violated_constraint(tmp_path: Path) -
 def test_the_longer_a_stopped_trial_ran_the_less_it_violates() -> None:
     from toys import recipe
 
-    from distprune.search.book import Entry, verdict
+    from distprune.search.entry import Entry
+    from distprune.search.goals import Goals
+    from distprune.search.verdict import verdict
 
     def constraint(rung: int) -> float:
         last = {"kept": 100, "sparsity": 0.5, "objective": 0.5}
         entry = Entry(0, recipe(sparsity=0.9), "", rung=rung, best=0.5, last=last, stopped="rung")
-        return verdict(entry, 4)[3]["unfinished"]
+        return verdict(entry, 4, Goals())[3]["unfinished"]
 
     found = [constraint(rung) for rung in range(4)]
     assert found == sorted(found, reverse=True) and min(found) > 0
@@ -147,25 +148,6 @@ def test_samplers_live_through_a_search_and_a_resume(sampler: str, tmp_path: Pat
     two = start(search(tmp_path / "b", trials=13, sampler=sampler), workers=1)
     resume(two.path, workers=1, trials=18)
     assert outcome(one) == outcome(two), "a proposal is a function of seed, number and fit set"
-
-
-def test_boundaries_and_order_by_hand() -> None:
-    assert boundaries(10, 100, 3) == [10, 30, 90] and boundaries(10, 90, 3) == [10, 30] and boundaries(10, 10, 3) == []
-    assert dominates((1, 1), (1, 0)) and not dominates((1, 1), (1, 1)) and not dominates((2, 0), (1, 1))
-    rows = [(0, (0.9, -9.0)), (1, (0.5, -1.0)), (2, (0.8, -5.0)), (3, (0.4, -9.0)), (4, (0.85, -9.5))]
-    assert order(rows) == [0, 1, 2, 4, 3], "the front from its ends inwards, then what it dominates"
-
-
-def test_a_sparse_trial_is_not_stopped_for_being_less_accurate() -> None:
-    rungs = Rungs([100], 3)
-    assert rungs.goes_on(0, 0, (0.95, -1000.0)) and not rungs.goes_on(1, 0, (0.94, -1000.0))
-    assert not rungs.goes_on(2, 0, (0.93, -1000.0)) and rungs.goes_on(3, 0, (0.80, -20.0))
-
-
-def test_finished_trials_compete_at_later_rungs() -> None:
-    rungs = Rungs([100, 300], 2)
-    rungs.finished(0, 0, (0.99, -1.0))
-    assert not rungs.goes_on(1, 1, (0.5, -2.0))
 
 
 def test_workers_do_not_change_what_one_trial_is(tmp_path: Path) -> None:

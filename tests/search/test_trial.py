@@ -122,7 +122,7 @@ def test_projecting_changes_nothing_and_measures_the_final_budget() -> None:
     finish(undisturbed)
     scores = []
     for report in execute(observed.plan, observed.state, observed.env):
-        score, spent = project(observed.state, observed.recipe, observed.plan, observed.env, recovery=5)
+        score, spent, _ = project(observed.state, observed.recipe, observed.plan, observed.env, recovery=5)
         scores.append(score)
         assert spent == 5 * 32 + 5 * 32, "recovery and calibration"
         assert report.metrics["accuracy"] >= 0

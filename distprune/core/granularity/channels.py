@@ -75,11 +75,14 @@ class Channels(Units):
         return Masks(masks)
 
     def kept_weights(self, counts: Mapping[str, int]) -> dict[str, int]:
+        return {name: math.prod(shape) for name, shape in self.left(counts).items()}
+
+    def left(self, counts: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
         left = {name: list(shape) for name, shape in self.shapes.items()}
         for group in self.channels:
             for part in _weights(group):
                 left[part.name][part.dim] -= (group.units - counts[group.name]) * part.index.shape[1]
-        return {name: math.prod(shape) for name, shape in left.items()}
+        return {name: tuple(shape) for name, shape in left.items()}
 
     def alive(self, masks: Masks) -> dict[str, Tensor]:
         return {

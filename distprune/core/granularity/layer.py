@@ -1,6 +1,5 @@
 """Whole layers and blocks."""
 
-import math
 from collections.abc import Mapping
 from functools import cached_property
 
@@ -12,7 +11,7 @@ from distprune.core.granularity.kernel import reduced
 from distprune.core.masks import Masks
 from distprune.core.metrics import collapsed
 from distprune.core.registry import Choice, granularity
-from distprune.core.units import Network, Reduction, Units
+from distprune.core.units import CLOSE, Network, Reduction, Units, check_share
 from distprune.errors import UserError
 
 _NAME = "layers"  # of the one layer of units
@@ -79,23 +78,41 @@ class Blocks(Units):
     def kept_weights(self, counts: Mapping[str, int]) -> dict[str, int]:
         raise NotImplementedError("blocks are of different sizes: a number of them has no number of weights")
 
+    def sparsity(self, masks: Masks) -> float:
+        return masks.sparsity if self.price is None else 1 - self.price.share(masks.counts, self.shapes)
+
     @cached_property
-    def _least(self) -> int:
-        """The fewest weights that can be kept: blocks are removed in order and the largest first, as one may stand in another's way."""
+    def _least(self) -> tuple[int, float]:
+        """(weights, sparsity) of the least that can be kept: blocks are removed in order and the largest first, as one may stand in
+        another's way."""
         orders = (torch.zeros(len(self.blocks)), self._largest_first)
-        return min(self._masks(self._removed(order, 0, None)).kept for order in orders)
+        found = [self._masks(self._removed(order, 1.0, None)) for order in orders]
+        return min(masks.kept for masks in found), max(map(self.sparsity, found))
 
     @property
     def _largest_first(self) -> Tensor:
-        return -torch.tensor([float(sum(math.prod(self.shapes[name]) for name in block)) for block in self.blocks])
+        one_by_one = [self.sparsity(self._masks(block)) for block in self.blocks]
+        return -torch.tensor(one_by_one, dtype=torch.double)
+
+    def _meets(self, masks: Masks, sparsity: float) -> bool:
+        if self.price is None:
+            return masks.kept <= (budget(sparsity, self.total) if sparsity < 1 else 0)
+        return self.sparsity(masks) >= sparsity - CLOSE
 
     def check(self, sparsity: float) -> None:
-        least = self._least
-        if budget(sparsity, self.total) < least:
+        (least, largest), rule = self._least, "the layers that the network cannot do without"
+        if self.price is not None:
+            check_share(self.price.name, sparsity, 1 - largest, rule)
+        elif budget(sparsity, self.total) < least:
             raise UserError(
-                f"sparsity must leave the layers that the network cannot do without, got {sparsity} of {self.total:,} weights. "
+                f"sparsity must leave {rule}, got {sparsity} of {self.total:,} weights. "
                 f"The largest feasible sparsity at granularity 'layer' is {int((1 - least / self.total) * 1e6) / 1e6}."
             )
+
+    def counts(
+        self, sparsity: float, allocator: Choice, scores: Mapping[str, Tensor] | None = None, alive: Mapping[str, Tensor] | None = None
+    ) -> dict[str, int]:
+        raise NotImplementedError("which blocks are removed decides how many")
 
     def choose(self, scores: Mapping[str, Tensor], sparsity: float, allocator: Choice, masks: Masks | None) -> Masks:
         """Remove the blocks of the lowest score until the budget is met, passing over one without which no signal would get through.
@@ -106,23 +123,22 @@ class Blocks(Units):
         if not bool(torch.isfinite(scores[_NAME]).all()):
             raise UserError("Scores of layers must be finite, got NaN or infinity. Score in float64, or check the loss and the weights.")
         alive = self.alive(masks)[_NAME] if masks is not None else None
-        target = budget(sparsity, self.total)
         for order in (scores[_NAME], self._largest_first):
-            found = self._masks(self._removed(order, target, alive))
-            if found.kept <= target:
+            found = self._masks(self._removed(order, sparsity, alive))
+            if self._meets(found, sparsity):
                 return found
         raise UserError(
             f"sparsity {sparsity} cannot be reached from the blocks that are left: without another one no signal would get through. "
             "Ask for less, or for fewer rounds."
         )
 
-    def _removed(self, scores: Tensor, target: int, alive: Tensor | None) -> tuple[str, ...]:
-        """Names of the layers to remove so that at most `target` weights are kept, or as few as can be."""
+    def _removed(self, scores: Tensor, sparsity: float, alive: Tensor | None) -> tuple[str, ...]:
+        """Names of the layers to remove so that the budget is met, or as little as can be is left."""
         gone: tuple[str, ...] = ()
         if alive is not None:
             gone = tuple(name for block, keep in zip(self.blocks, alive.tolist(), strict=True) if not keep for name in block)
         for index in torch.sort(scores, stable=True).indices.tolist():
-            if self._masks(gone).kept <= target:
+            if self._meets(self._masks(gone), sparsity):
                 break
             more = tuple(dict.fromkeys((*gone, *self.blocks[index])))
             if self._passes(self._silent(more)):

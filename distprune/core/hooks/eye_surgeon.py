@@ -35,12 +35,12 @@ class EyeSurgeon(Selection):
             state.leaves[leaf_of(name)] = nn.Parameter(torch.zeros_like(weight))
 
     def view(self, memory: Memory, state: "State", env: "Env", train: bool) -> dict[str, Tensor]:
-        masks = self.relaxed(state, env) if train else self.masks(memory, state)
+        masks = self.relaxed(state, env) if train else self.masks(memory, state, env)
         return {name: weight.detach() * masks[name] for name, weight in state.weights.items()}
 
-    def masks(self, memory: Memory, state: "State") -> Masks:
+    def masks(self, memory: Memory, state: "State", env: "Env") -> Masks:
         logits = {name: leaf.detach() for name, leaf in leaves_of(state).items()}
-        return top_masks(logits, self.counts(state, logits))
+        return top_masks(logits, self.counts(state, env, logits))
 
     @torch.no_grad()
     def relaxed(self, state: "State", env: "Env") -> dict[str, Tensor]:

@@ -24,6 +24,7 @@ class Hook:
     version: ClassVar[int] = 1
     may_end: ClassVar[bool] = False  # `step` may end the stage before its time
     regrows: ClassVar[bool] = False  # removed weights may come back, so no stage may prune after it
+    moves: ClassVar[bool] = False  # and in another layer, so that a budget in FLOPs or memory does not stay met
 
     def start(self, memory: Memory, state: "State", env: "Env") -> None:
         """Once, when the trajectory begins."""

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from distprune.core.budgets import allocate, kept_for, layers_of, top_masks
 from distprune.core.hooks.hook import Hook, Memory
 from distprune.core.masks import Masks
-from distprune.core.registry import Choice
+from distprune.core.registry import WEIGHT, Choice
 from distprune.core.schedules import cubic
+from distprune.core.units import Units
 
 if TYPE_CHECKING:
     from distprune.core.executor import Env
@@ -64,9 +64,9 @@ class Movement(Hook):
     @torch.no_grad()
     def step(self, memory: Memory, state: "State", env: "Env") -> bool:
         progress = self._progress(state.clock)
-        masks = self._best(memory, state, cubic(0.0, self.sparsity, progress))
+        masks = self._best(memory, state, env, cubic(0.0, self.sparsity, progress))
         if self.kind == "soft":
-            least, threshold = self._best(memory, state, self.sparsity), cubic(0.0, self.threshold, progress)
+            least, threshold = self._best(memory, state, env, self.sparsity), cubic(0.0, self.threshold, progress)
             masks = Masks({name: (mask & (torch.sigmoid(memory[_score(name)]) > threshold)) | least[name] for name, mask in masks.items()})
         for name, mask in masks.items():
             memory[_mask(name)] = mask
@@ -75,15 +75,15 @@ class Movement(Hook):
     def end(self, memory: Memory, state: "State", env: "Env") -> None:
         for weight in state.weights.values():
             weight.grad = None  # of the last step, under another mask
-        state.set_masks(self._best(memory, state, self.sparsity))
+        state.set_masks(self._best(memory, state, env, self.sparsity))
 
     def _progress(self, clock: int) -> float:
         return (clock - self.begin) / (self.end_at - self.begin)
 
-    def _best(self, memory: Memory, state: "State", sparsity: float) -> Masks:
+    def _best(self, memory: Memory, state: "State", env: "Env", sparsity: float) -> Masks:
         scores = {name: memory[_score(name)] for name in state.weights}
-        layers = layers_of({name: weight.shape for name, weight in state.weights.items()})
-        return top_masks(scores, allocate(self.allocator, layers, kept_for(sparsity, layers), scores))
+        units: Units = state.units(WEIGHT, env.task.example)
+        return units.choose(scores, sparsity, self.allocator, None)
 
 
 def _score(name: str) -> str:

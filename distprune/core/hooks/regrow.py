@@ -81,6 +81,7 @@ class RegrowByMomentum(Regrow):
     """
 
     version: ClassVar[int] = 1
+    moves: ClassVar[bool] = True
     growth: Literal["random", "gradient"] = field(default="gradient", init=False)
     beta: float
 
@@ -120,6 +121,7 @@ class RegrowByThreshold(Regrow):
     """
 
     version: ClassVar[int] = 1
+    moves: ClassVar[bool] = True
     growth: Literal["random", "gradient"] = field(default="random", init=False)
     decay: Literal["cosine", "constant"] = field(default="constant", init=False)
     threshold: float

@@ -13,16 +13,19 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
-from distprune.core.budgets import Layer, allocate, kept_for, layers_of, top_masks
+from distprune.core.budgets import top_masks
 from distprune.core.hooks.hook import Hook, Memory
 from distprune.core.masks import Masks
-from distprune.core.registry import Choice
+from distprune.core.registry import WEIGHT, Choice
 from distprune.core.schedules import cubic
 from distprune.core.streams import stream
 
 if TYPE_CHECKING:
     from distprune.core.executor import Env
     from distprune.core.state import State
+
+
+_UNIFORM = Choice("allocator", "uniform")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +36,7 @@ class Selection(Hook):
     allocator: Choice
 
     def view(self, memory: Memory, state: "State", env: "Env", train: bool) -> dict[str, Tensor]:
-        masks = self.training_masks(memory, state, env) if train else self.masks(memory, state)
+        masks = self.training_masks(memory, state, env) if train else self.masks(memory, state, env)
         return {name: self.effective(weight.detach(), masks[name]) for name, weight in state.weights.items()}
 
     @torch.no_grad()
@@ -44,7 +47,7 @@ class Selection(Hook):
 
     @torch.no_grad()
     def end(self, memory: Memory, state: "State", env: "Env") -> None:
-        masks = self.masks(memory, state)
+        masks = self.masks(memory, state, env)
         for name, weight in state.weights.items():
             weight.copy_(self.effective(weight.detach(), masks[name]))
             del state.leaves[leaf_of(name)]
@@ -52,12 +55,12 @@ class Selection(Hook):
         state.set_masks(masks)
 
     @abstractmethod
-    def masks(self, memory: Memory, state: "State") -> Masks:
+    def masks(self, memory: Memory, state: "State", env: "Env") -> Masks:
         """The masks of the budget that the scores stand for."""
 
     def training_masks(self, memory: Memory, state: "State", env: "Env") -> Masks:
         """The masks of a training step."""
-        return self.masks(memory, state)
+        return self.masks(memory, state, env)
 
     def effective(self, weight: Tensor, mask: Tensor) -> Tensor:
         """What a layer computes with, from its frozen weight."""
@@ -67,17 +70,13 @@ class Selection(Hook):
     def slopes(self, memory: Memory, state: "State", env: "Env") -> dict[str, Tensor]:
         """Gradients of the scores."""
 
-    def counts(self, state: "State", scores: dict[str, Tensor] | None = None) -> dict[str, int]:
+    def counts(self, state: "State", env: "Env", scores: dict[str, Tensor] | None = None) -> dict[str, int]:
         """Kept weights of each layer. Raises UserError for a budget below one weight a layer."""
-        return allocate(self.allocator, _layers(state), self.kept(state), scores)
+        return state.units(WEIGHT, env.task.example).counts(self.sparsity, self.allocator, scores)
 
-    def kept(self, state: "State") -> int:
-        """The budget."""
-        return kept_for(self.sparsity, _layers(state))
-
-
-def _layers(state: "State") -> list[Layer]:
-    return layers_of({name: weight.shape for name, weight in state.weights.items()})
+    def kept(self, state: "State", env: "Env") -> int:
+        """Kept weights of the network; where these are not the budget, as many as it has at one density for all layers."""
+        return sum(state.units(WEIGHT, env.task.example).counts(self.sparsity, _UNIFORM).values())
 
 
 def leaf_of(name: str) -> str:
@@ -110,7 +109,7 @@ class EdgePopup(Selection):
 
     @torch.no_grad()
     def start(self, memory: Memory, state: "State", env: "Env") -> None:
-        memory.update(self.counts(state))
+        memory.update(self.counts(state, env))
         generator = stream(env.seed, "selection", state.lap, state.clock)
         for name, weight in state.weights.items():
             score = nn.init.kaiming_uniform_(torch.empty(weight.shape), a=math.sqrt(5), generator=generator)
@@ -122,7 +121,7 @@ class EdgePopup(Selection):
             if self.scaled:
                 weight.mul_(math.sqrt(weight.numel() / memory[name]))
 
-    def masks(self, memory: Memory, state: "State") -> Masks:
+    def masks(self, memory: Memory, state: "State", env: "Env") -> Masks:
         return top_masks({name: leaf.detach().abs() for name, leaf in leaves_of(state).items()}, memory)
 
     def slopes(self, memory: Memory, state: "State", env: "Env") -> dict[str, Tensor]:
@@ -162,9 +161,9 @@ class Supermask(Selection):
 
     @torch.no_grad()
     def start(self, memory: Memory, state: "State", env: "Env") -> None:
-        whole = self.kept(state) / sum(weight.numel() for weight in state.weights.values())
+        whole = self.kept(state, env) / sum(weight.numel() for weight in state.weights.values())
         if not self.allocator.entry.facts["needs_scores"]:  # others can tell no counts before there are scores
-            memory.update(self.counts(state))
+            memory.update(self.counts(state, env))
         for name, weight in state.weights.items():
             density = memory[name] / weight.numel() if memory else whole
             least = 0.5 / weight.numel()  # a dense layer's logits are finite too
@@ -177,15 +176,15 @@ class Supermask(Selection):
     def step(self, memory: Memory, state: "State", env: "Env") -> bool:
         progress = state.clock / self.end_at if self.first == "half" else 1.0
         leaves = leaves_of(state)
-        layers = [([leaf], memory[name]) for name, leaf in leaves.items()] if memory else [(list(leaves.values()), self.kept(state))]
+        layers = [([leaf], memory[name]) for name, leaf in leaves.items()] if memory else [(list(leaves.values()), self.kept(state, env))]
         for logits, kept in layers:
             total = sum(logit.numel() for logit in logits)
             shift(logits, cubic(0.5 * total, min(kept, total - 0.5), progress))
         return False
 
-    def masks(self, memory: Memory, state: "State") -> Masks:
+    def masks(self, memory: Memory, state: "State", env: "Env") -> Masks:
         logits = {name: leaf.detach() for name, leaf in leaves_of(state).items()}
-        return top_masks(logits, self.counts(state, logits))
+        return top_masks(logits, self.counts(state, env, logits))
 
     def training_masks(self, memory: Memory, state: "State", env: "Env") -> Masks:
         generators: dict[torch.device, torch.Generator] = {}

@@ -56,7 +56,7 @@ def rigl(
     return _from_random(recipe, recipe.sparsity, Regrow(**_span(recipe, share, end, updates), growth="gradient", share=share))
 
 
-@paradigm("snfs", paper="Dettmers & Zettlemoyer 2019, arXiv:1907.04840, section 3")
+@paradigm("snfs", paper="Dettmers & Zettlemoyer 2019, arXiv:1907.04840, section 3", moves=True)
 def snfs(
     recipe: Recipe,
     *,
@@ -71,7 +71,7 @@ def snfs(
     return _from_random(recipe, recipe.sparsity, RegrowByMomentum(**_span(recipe, share, end, updates), share=share, beta=beta))
 
 
-@paradigm("dsr", paper="Mostafa & Wang 2019, arXiv:1902.05967, algorithm 1")
+@paradigm("dsr", paper="Mostafa & Wang 2019, arXiv:1902.05967, algorithm 1", moves=True)
 def dsr(
     recipe: Recipe,
     *,

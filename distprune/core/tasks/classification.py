@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from distprune.core.allocation import fits
 from distprune.core.data.dataset import Dataset, Split
 from distprune.core.registry import task
 from distprune.core.streams import stream
@@ -27,6 +28,7 @@ class Classification(Task):
     """See `classification`."""
 
     objective = "accuracy"
+    bounds = (0.0, 1.0)
     direction: Literal["maximize"] = "maximize"
 
     def __init__(self, dataset: Dataset, label_smoothing: float = 0.0) -> None:
@@ -80,6 +82,9 @@ class Classification(Task):
     def samples(self, batch: Batch) -> int:
         return len(batch[1])
 
+    def split(self, batch: Batch, parts: int) -> list[Batch]:
+        return list(zip(*(tensor.tensor_split(parts) for tensor in batch), strict=True))
+
     def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
         outputs: Tensor = model(batch[0])
         return outputs
@@ -99,11 +104,12 @@ class Classification(Task):
     @torch.no_grad()
     def predict(self, model: nn.Module, split: SplitName) -> Tensor:
         """Logits, float [n, classes], of a split in its order."""
-        training = model.training
+        training, inputs = model.training, self._splits[split].inputs
+        size = min(len(inputs), self.micro_batch or EVALUATION_BATCH, EVALUATION_BATCH)
         model.eval()
         try:
-            parts = torch.split(self._splits[split].inputs, EVALUATION_BATCH)
-            return torch.cat([model(self.normalise(part)).float() for part in parts])
+            with fits(size):
+                return torch.cat([model(self.normalise(part)).float() for part in torch.split(inputs, size)])
         finally:
             model.train(training)
 

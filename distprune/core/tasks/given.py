@@ -47,6 +47,9 @@ class GivenBatches(Task):
     def samples(self, batch: Batch) -> int:
         return len(batch[0])
 
+    def split(self, batch: Batch, parts: int) -> list[Batch]:
+        return list(zip(*(tensor.tensor_split(parts) for tensor in batch), strict=True))
+
     def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
         outputs: Tensor = model(batch[0])
         return outputs

@@ -1,0 +1,162 @@
+"""A trial run once more from nothing, and compared with what was recorded of it, bit by bit."""
+
+import dataclasses
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distprune.core.masks import Masks
+from distprune.core.recipe import Recipe
+from distprune.core.run import Run, prepare
+from distprune.environment import environment
+from distprune.errors import UserError
+from distprune.search.config import Search
+from distprune.search.driver import job_of, read_facts
+from distprune.search.entry import Assignment
+from distprune.search.trial import checkpoints, run_trial
+from distprune.store.folder import RunFolder
+from distprune.store.reports import read
+from distprune.store.trials import read_trials
+
+COMPARED = ("step", "cost", "sparsity", "kept", "objective", "rung", "score", "final", "ended", "metrics")  # columns of a report
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A report that came out otherwise; a column of one that is missing is None."""
+
+    index: int
+    columns: Mapping[str, tuple[Any, Any]]  # name -> (recorded, replayed)
+
+
+@dataclass(frozen=True)
+class Replay:
+    """How a trial came out the second time."""
+
+    trial: int
+    compared: int  # reports
+    differences: tuple[Difference, ...]
+    masks: bool | None  # whether they are the same; None where the run folder keeps none
+    surroundings: Mapping[str, tuple[str, str]]  # what is different about versions and machine: (recorded, here)
+
+    @property
+    def same(self) -> bool:
+        """Whether every bit that was compared is the same."""
+        return not self.differences and self.masks is not False
+
+    def lines(self) -> list[str]:
+        """For people."""
+        masks = {None: "", True: " and in the masks", False: ""}[self.masks]
+        lines = [f"trial {self.trial}: the same bits in {self.compared} reports{masks}"] if self.same else []
+        if self.differences:
+            first = self.differences[0]
+            names = sorted({name for difference in self.differences for name in difference.columns}, key=COMPARED.index)
+            lines.append(f"trial {self.trial}: {len(self.differences)} of {self.compared} reports differ, first report {first.index}:")
+            lines += [f"  {name}: recorded {recorded!r}, now {now!r}" for name, (recorded, now) in first.columns.items()]
+            lines.append(f"  columns that differ anywhere: {', '.join(names)}")
+        if self.masks is False:
+            lines.append(f"trial {self.trial}: other masks than those recorded")
+        lines += [f"{name}: recorded with {recorded}, now {now}" for name, (recorded, now) in self.surroundings.items()]
+        return lines
+
+
+def replay(
+    path: str | Path, trial: int, *, device: str | None = None, listen: Callable[[str, dict[str, Any]], None] = lambda event, facts: None
+) -> Replay:
+    """Run a trial again as its worker did, in a folder of its own, with its threads and on its device; `device` puts another in its place.
+
+    A stopped trial, and one that runs still, is replayed up to its last report. Raises UserError for what cannot be replayed.
+    """
+    folder = RunFolder.existing(path)
+    folder.check_real("replayed")
+    facts = read_facts(folder)
+    recorded = _recorded(folder, trial)
+    search = Search.read(facts["search"])
+    recipe = Recipe.read(_recipe(folder, trial))
+    threads, here = torch.get_num_threads(), os.getcwd()
+    with tempfile.TemporaryDirectory(prefix="distprune-replay-") as scratch:
+        fresh = RunFolder(Path(scratch))
+        job = job_of(search, fresh, facts["rungs"], Assignment(trial, recipe, 0))
+        recorded_device = job.device
+        job = dataclasses.replace(job, device=device or job.device, cache=None)  # nothing that was computed before
+        ready = prepare(recipe, device=job.device)  # what cannot be done here is said before anything is compared
+        found: list[Row] = []
+        try:
+            for row in run_trial(job):
+                found.append(row)
+                listen("replayed", {"row": row, "share": len(found) / len(recorded)})
+                if len(found) >= len(recorded):
+                    break
+        finally:
+            torch.set_num_threads(threads)
+            os.chdir(here)
+        masks = _masks(folder, fresh, trial, ready) if recorded[-1]["final"] else None
+    surroundings = {name: (str(old), str(new)) for name, old, new in _changed(facts["environment"], environment())}
+    if recorded_device != job.device:
+        surroundings["device"] = (recorded_device, job.device)
+    return Replay(trial, len(recorded), tuple(_differences(recorded, found)), masks, surroundings)
+
+
+def _recorded(folder: RunFolder, trial: int) -> list[Row]:
+    rows = sorted((row for row in read(folder.reports).to_pylist() if row["trial"] == trial), key=lambda row: int(row["index"]))
+    if rows and rows[-1]["ended"] in ("", "finished", "nan", "error"):
+        return rows
+    if rows[:-1]:  # out of memory or time: an end that is the machine's, not the trial's
+        return rows[:-1]
+    raise UserError(f"{folder.path} has no reports of trial {trial}. {_known(folder)}")
+
+
+def _known(folder: RunFolder) -> str:
+    heard = sorted(set(read(folder.reports)["trial"].to_pylist()))
+    return f"Trials with reports: {', '.join(map(str, heard[:20])) or 'none'}{', ...' if len(heard) > 20 else ''}."
+
+
+def _recipe(folder: RunFolder, trial: int) -> dict[str, Any]:
+    rows = read_trials(folder.trials, columns=["number", "recipe"]).to_pylist() if folder.trials.exists() else []
+    recipes = [row["recipe"] for row in rows if row["number"] == trial]
+    if not recipes:
+        raise UserError(f"{folder.trials} does not have trial {trial} yet. Wait, or go on with the search.")
+    return dict(json.loads(recipes[0]))
+
+
+def _columns(row: Row | None) -> dict[str, Any]:
+    if row is None:
+        return dict.fromkeys(COMPARED)
+    extra = json.loads(row.get("extra") or "{}")
+    return {name: row.get(name) for name in COMPARED[:-1]} | {"metrics": extra.get("metrics")}
+
+
+def _differences(recorded: Sequence[Row], found: Sequence[Row]) -> list[Difference]:
+    differences = []
+    for index, row in enumerate(recorded):
+        old, new = _columns(row), _columns(found[index] if index < len(found) else None)
+        if columns := {name: (old[name], new[name]) for name in COMPARED if not _equal(old[name], new[name])}:
+            differences.append(Difference(index, columns))
+    return differences
+
+
+def _equal(a: Any, b: Any) -> bool:
+    return bool(a == b) or (a != a and b != b)  # nan is nan
+
+
+def _masks(folder: RunFolder, fresh: RunFolder, trial: int, ready: Run) -> bool | None:
+    """Whether the replayed trial keeps the weights that the recorded one keeps."""
+    if not folder.masks_file(trial).exists():
+        return None
+    for checkpoint in checkpoints(fresh, trial):
+        ready.state.load(checkpoint / "state.safetensors")
+        return Masks.load(folder.masks_file(trial)).equal(ready.state.masks.to("cpu"))
+    return False  # it ended before it had any
+
+
+def _changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    names = [*old, *(name for name in new if name not in old)]
+    return [(name, old.get(name, "none"), new.get(name, "none")) for name in names if old.get(name) != new.get(name)]
