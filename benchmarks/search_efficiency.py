@@ -278,7 +278,8 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         curves, most = [curve(row) for row in own], min(row["samples"] for row in own)
         grid = [most * step / 400 for step in range(401)]
         values = [[at(points, samples) for points in curves] for samples in grid]
-        label = f"{COLUMNS[name].title.strip('*')} (n = {len(own)})"
+        title = COLUMNS[name].title.strip("*")
+        label = f"{'distprune, ' if name == 'unstopped' else ''}{title} (n = {len(own)})"
         axes.step([samples / 1000 for samples in grid], [statistics.mean(row) for row in values], where="post", color=colour, label=label)
         low, high = [min(row) for row in values], [max(row) for row in values]
         axes.fill_between([samples / 1000 for samples in grid], low, high, color=colour, alpha=0.15, step="post", linewidth=0)

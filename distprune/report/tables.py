@@ -72,6 +72,14 @@ def ends_line(result: "Result") -> str:
     return f"{len(rows)} trials: {text}. {billed:,.0f} samples billed, {spent:,.0f} run (scoring at rungs included).{shared}"
 
 
+def infeasible(result: "Result") -> list[str]:
+    """How many finished trials are kept from the front, and by what."""
+    found = [row["violated"] for row in result.trials.to_pylist() if row["violated"]]
+    names = Counter(name for violated in found for name in violated)
+    why = ", ".join(f"{name} ({count})" for name, count in names.most_common())
+    return [f"{len(found)} finished trials cannot be on the front: {why}."] if found else []
+
+
 def failures(result: "Result", most: int = 5) -> list[str]:
     """Why trials failed, the most frequent reasons first."""
     reasons = Counter(row["reason"] for row in result.trials.to_pylist() if row["ended"] in ("error", "nan", "oom"))
@@ -95,7 +103,7 @@ def show_result(result: "Result") -> None:
     show(front_table(result))
     path = result.folder.path
     print(ends_line(result))
-    for line in [*failures(result), *(simulated := simulated_lines(result))]:
+    for line in [*infeasible(result), *failures(result), *(simulated := simulated_lines(result))]:
         print(line)
     if simulated:
         print(f"Results: {path}/trials.parquet, {path}/study.journal (opens in optuna-dashboard)")

@@ -263,25 +263,31 @@ class Book:
 
     # What Ray says of workers.
 
-    def died(self, number: int, cause: str, *, free: bool = False) -> bool:
-        """Note that a trial's worker is gone, and say whether it is begun again should the next one die too without a report."""
+    def died(self, number: int, cause: str, *, free: bool = False) -> None:
+        """Note why a trial's worker died; `free` if that says nothing about the trial."""
         entry = self.entries[number]
         entry.deaths.append(cause)
         entry.stuck += not free
-        return entry.stuck < MOST_DEATHS - 1 and not entry.decided
 
-    def lost(self, number: int) -> str:
-        """Why a trial whose workers died is not begun again."""
-        entry = self.entries[number]
-        return f"its workers died {entry.stuck} times without a report in between: {', '.join(entry.deaths[-entry.stuck :])}"
-
-    def silent(self, number: int, seconds: float) -> bool:
-        """Note that a trial's worker is given up for its silence, and say whether the trial is begun again."""
+    def silent(self, number: int, seconds: float) -> None:
+        """Note that a trial's worker is given up for its silence."""
         entry = self.entries[number]
         entry.silences += 1
         if entry.silences >= MOST_SILENCES and not entry.decided:
             entry.fail("timeout", f"its workers said nothing for {seconds:g} s, {entry.silences} times without a report in between")
-        return not entry.decided
+
+    def gone(self, number: int) -> None:
+        """A trial's worker is gone: the trial is queued again, unless it has come to its end or its workers die without getting on."""
+        entry = self.entries[number]
+        if entry.goes_on and entry.stuck < MOST_DEATHS:
+            self._busy.discard(number)
+            self._order.ended(number)
+            self._requeued.append(number)
+        elif entry.goes_on:
+            causes = ", ".join(entry.deaths[-entry.stuck :])
+            self.finish(number, lost=f"its workers died {entry.stuck} times without a report in between: {causes}")
+        else:
+            self.finish(number)
 
     def _turn(self) -> int:
         """The order in which trials are told: a sampler that learns is taught in it again."""
@@ -389,6 +395,10 @@ class Book:
         self._in_finale = True
         self._finale = self._again.wanted(self.entries, self.front)
         return len(self._finale) + len(self._requeued)
+
+    def violated(self, entry: Entry) -> list[str]:
+        """The constraints that a finished trial does not keep to, for which it is not on the front."""
+        return [name for name, excess in self._goals.violations(entry).items() if excess > 0] if entry.ended == "finished" else []
 
     def repeats(self) -> dict[int, list[Entry]]:
         """Finalist -> its finished repeats."""

@@ -86,6 +86,7 @@ def _row(entry: Entry, book: Book, test: float | None, repeats: list[float]) -> 
         "ended": entry.ended or "running",
         "reason": entry.reason,
         "pareto": entry.number in book.front,
+        "violated": book.violated(entry),
         "paradigm": recipe.paradigm.name,
         "granularity": recipe.granularity.name if "sparsity" in uses else None,
         "criterion": recipe.criterion.name if "criterion" in uses else None,

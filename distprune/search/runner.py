@@ -42,6 +42,8 @@ from distprune.search.failures import Silence, cause_of_death
 from distprune.search.setup import check_machine, slots_of
 from distprune.search.trial import Job, run_trial
 
+_LATEST = 4000  # characters of an error's text that may say why
+
 
 class Worker(tune.Trainable):  # type: ignore[misc]
     """Runs one trial after another in the same process."""
@@ -87,13 +89,16 @@ class Face(_Face, Searcher):  # type: ignore[misc]
             return None  # Ray asks again
         assignment = self._book.next()
         if assignment is None:
-            return None if self._book.waits else Searcher.FINISHED
+            return None if self._book.is_busy else Searcher.FINISHED  # a worker may yet die, or let another go on
         self._numbers[trial_id] = assignment.number
         return {"job": json.dumps(self._job(assignment).plain())}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         number = self._numbers[trial_id]
-        self._book.finish(number, lost=self._book.lost(number) if error else "")
+        if error:
+            self._book.gone(number)
+        else:
+            self._book.finish(number)
         self._ended(number)
 
     def save(self, checkpoint_path: str) -> None:
@@ -104,23 +109,19 @@ class Face(_Face, Searcher):  # type: ignore[misc]
 
 
 class Gate(_Face, FIFOScheduler):  # type: ignore[misc]
-    """The book as Ray's scheduler. Ray begins trials again whose workers died, until the book says that the next death is the last."""
+    """The book as Ray's scheduler."""
 
     def __init__(self, book: Book, numbers: dict[str, int]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._book, self._numbers = book, numbers
 
     def on_trial_result(self, tune_controller: Any, trial: RayTrial, result: dict[str, Any]) -> str:
-        row = json.loads(result["r"])
-        goes_on = self._book.hear(row)
-        if not self._book.entries[row["trial"]].stuck:
-            trial.max_failures = -1
+        goes_on = self._book.hear(json.loads(result["r"]))
         return str(self.CONTINUE if goes_on else self.STOP)
 
     def on_trial_error(self, tune_controller: Any, trial: RayTrial) -> None:
         cause, free = _cause(trial)
-        again = self._book.died(self._numbers[trial.trial_id], cause, free=free)
-        trial.max_failures = -1 if again else trial.num_failures
+        self._book.died(self._numbers[trial.trial_id], cause, free=free)
 
     def on_trial_complete(self, tune_controller: Any, trial: RayTrial, result: dict[str, Any]) -> None:
         if "r" in result:  # the last report of a trial comes here alone
@@ -131,11 +132,18 @@ def _cause(trial: RayTrial) -> tuple[str, bool]:
     """(why a trial's worker died, whether that counts as nobody's fault)."""
     try:
         error = pickle.loads(Path(trial.pickled_error_file).read_bytes())
+        text, preempted = str(error), bool(getattr(error, "preempted", False))
     except Exception:  # none there, or one that cannot be read
-        return "unknown", False
-    preempted = bool(getattr(error, "preempted", False))
-    cause = cause_of_death(str(error), preempted=preempted)
+        text, preempted = _text(trial), False
+    cause = cause_of_death(text, preempted=preempted)
     return cause, cause in ("preempted", "node died")
+
+
+def _text(trial: RayTrial) -> str:
+    try:
+        return Path(trial.error_file).read_text()[-_LATEST:]
+    except Exception:
+        return ""
 
 
 class Draw(_Face, tune.Callback):  # type: ignore[misc]
@@ -157,8 +165,7 @@ class Draw(_Face, tune.Callback):  # type: ignore[misc]
 
     def _give_up(self, trial_id: str) -> None:
         trial = self._running[trial_id]
-        if not self._book.silent(self._numbers[trial_id], self._seconds):
-            trial.max_failures = trial.num_failures  # Ray ends it when it hears of the death
+        self._book.silent(self._numbers[trial_id], self._seconds)
         self._silence.gone(trial_id)
         if (actor := trial.temporary_state.ray_actor) is not None:
             ray.kill(actor)
@@ -234,7 +241,7 @@ class Ray:
                     storage_path=str(scratch),
                     callbacks=[Draw(draw, book, numbers, search.limits.silence)],
                     checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # the worker writes its own
-                    failure_config=tune.FailureConfig(max_failures=-1),  # see Gate
+                    failure_config=tune.FailureConfig(max_failures=0),  # the book begins trials again, as a resumed search does
                     verbose=0,
                 ),
             )

@@ -163,6 +163,14 @@ def _check_goals(search: Search, space: Space, dense: Run) -> None:
             cost = registry.cost.choose("flops")  # what it is taken to be in proportion to at rungs
         if cost(everything) is None:
             raise UserError(f"{where} '{cost.name}' cannot be counted on this network. Write params.")
+    fixed = [sparsity for granularity in space.granularities if (sparsity := fixed_sparsity(granularity)) is not None]
+    least = 1 - max(space.highest, *fixed, 0.0)
+    for budget in search.budget:
+        if budget.cost == dense.recipe.sparsity_of and space.budgeted is None and least > budget.most + 1e-9:
+            raise UserError(
+                f"budget.most of '{budget.cost.name}' is {budget.most:g}, and no trial keeps less than {least:.4g}: space.sparsity ends at "
+                f"{space.highest:g}. Raise that, or the budget."
+            )
     low, high = dense.env.task.bounds
     if search.floor is not None and not low < search.floor <= high:
         raise UserError(

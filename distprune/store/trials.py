@@ -18,6 +18,7 @@ SCHEMA = pa.schema(
         ("ended", _TEXT),  # finished, stopped, error, nan, oom, timeout, lost, duplicate, running
         ("reason", _TEXT),
         ("pareto", pa.bool_()),
+        ("violated", pa.list_(pa.string())),  # of a finished trial: the constraints that keep it from the front
         ("paradigm", _TEXT),
         ("granularity", _TEXT),
         ("criterion", _TEXT),  # empty where the paradigm uses none, as the allocator

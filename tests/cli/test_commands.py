@@ -43,7 +43,10 @@ def _search(tmp_path: Path, capsys: pytest.CaptureFixture[str], **changes: Any) 
         ({"space": {"sparsty": 0.5}}, "Unknown key in space: 'sparsty'. Did you mean 'sparsity'?"),
         ({"space": {"sparsity": [0.5, 1.0]}}, "space.sparsity must be in [0, 1), got 1.0. To keep 5 % of the weights write 0.95."),
         ({"space": {"sparsity": [0.5, 0.9999]}}, "The largest feasible sparsity is"),
-        ({"space": {"paradigm": [{"name": "lth", "share": [0.9, 0.1]}]}}, "must be [low, high] with low < high, got [0.9, 0.1]"),
+        (
+            {"space": {"paradigm": [{"name": "lth", "share": [0.9, 0.1]}]}},
+            "must be [low, high] with low < high, or three and more values, got [0.9, 0.1]",
+        ),
         ({"workers": {"gpus": 64}}, f"workers.gpus must be at most the {torch.cuda.device_count()} GPUs of this machine, got 64"),
         ({"workers": {"gpus": 1.5}}, "search.workers.gpus must be a whole number or a share below 1, got 1.5"),
         ({"name": "../x"}, "search.name must be the name of a new folder, got '../x'"),

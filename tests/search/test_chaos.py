@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import yaml
-from laws import NONE, alone, broken, masks
+from laws import NONE, broken, masks
 from searches import reports, search, start
 from toys import BASE
 from victims import Kill, Nodes, seeded, torment
@@ -50,10 +50,3 @@ def test_without_stopping_all_is_as_if_nobody_had_been_killed(tmp_path: Path, no
     attempts = {(row["trial"], row["attempt"]) for rows in reports(folder).values() for row in rows}
     assert len(attempts) > TRIALS, "a trial was begun again"
     assert masks(folder) == masks(undisturbed)
-
-
-def test_with_stopping_and_a_sampler_that_learns_the_laws_hold(tmp_path: Path, nodes: Nodes) -> None:
-    kills = seeded("tpe", ("driver", "worker"), rows=60)
-    folder = _torment(tmp_path, nodes, kills, "tpe", sampler={"name": "tpe", "startup": 2})
-    reference = alone(folder, run_trial, tmp_path / "alone")
-    assert broken(folder, most=TRIALS, reference=reference, aside=tmp_path / "aside") == NONE

@@ -291,6 +291,7 @@ def _book(tmp_path: Path, entries: int = 1, **changes: Any) -> Book:
     parts: dict[str, Any] = {name: Nothing() for name in due}
     book = Book(**{**parts, "goals": Goals(), "rungs": Rungs([], 3), "most_trials": 9, **changes})
     book.entries = [Entry(number, recipe("dense"), str(number)) for number in range(entries)]
+    book._proposer.size, book._proposed = 0, 9  # type: ignore[misc]
     return book
 
 
@@ -300,14 +301,19 @@ def _row(number: int, index: int, *, attempt: str = "a", wall_s: float = 0.0, **
     return row | changes
 
 
+def _dies(book: Book, cause: str = "worker process died", *, free: bool = False) -> bool:
+    """Whether trial 0 is begun again when its worker has died."""
+    book.died(0, cause, free=free)
+    book.gone(0)
+    return (again := book.next()) is not None and again.number == 0
+
+
 def test_a_trial_whose_workers_die_is_lost_only_without_progress(tmp_path: Path) -> None:
     book = _book(tmp_path)
     for index in range(5):  # dies twice after every report
-        assert book.died(0, "worker process died") and not book.died(0, "worker process died"), "the next one would be the last"
+        assert _dies(book) and _dies(book)
         assert book.hear(_row(0, index, attempt=str(index)))
-    assert book.died(0, "worker process died") and not book.died(0, "memory of the node")
-    book.died(0, "memory of the node")
-    book.finish(0, lost=book.lost(0))
+    assert _dies(book) and _dies(book, "memory of the node") and not _dies(book, "memory of the node")
     entry = book.entries[0]
     assert entry.told and entry.ended == "lost" and len(entry.deaths) == 10 + MOST_DEATHS
     assert entry.reason == (
@@ -319,10 +325,10 @@ def test_a_trial_whose_workers_die_is_lost_only_without_progress(tmp_path: Path)
 def test_reports_sent_again_are_no_progress_and_preemption_counts_for_nothing(tmp_path: Path) -> None:
     book = _book(tmp_path)
     book.hear(_row(0, 0))
-    assert all(book.died(0, "preempted", free=True) for _ in range(20))
-    assert book.died(0, "node died")
+    assert all(_dies(book, "preempted", free=True) for _ in range(20))
+    assert _dies(book) and _dies(book)
     book.hear(_row(0, 0, attempt="b"))
-    assert not book.died(0, "node died"), "it only repeated what it had said"
+    assert not _dies(book), "it only repeated what it had said"
 
 
 @pytest.mark.parametrize(
@@ -370,11 +376,14 @@ def test_silence_is_measured_from_the_last_word() -> None:
 
 def test_a_silent_worker_is_given_a_second_chance_and_then_up(tmp_path: Path) -> None:
     book = _book(tmp_path)
-    assert book.silent(0, 60) and book.died(0, "unknown")
-    book.hear(_row(0, 0))
-    assert book.silent(0, 60) and book.died(0, "unknown"), "it has come further in between"
-    assert not book.silent(0, 60)
-    book.finish(0, lost=book.lost(0))
+    for index in range(2):  # it comes further in between
+        book.silent(0, 60)
+        assert _dies(book, "unknown")
+        book.hear(_row(0, index))
+    book.silent(0, 60)
+    assert _dies(book, "unknown")
+    book.silent(0, 60)
+    assert not _dies(book, "unknown")
     assert book.entries[0].ended == "timeout" and "said nothing for 60 s, 2 times" in book.entries[0].reason
 
 
@@ -617,44 +626,56 @@ def on_ray(test: Any) -> Any:
 
 
 class Handle:
-    """What Ray knows of a trial, as far as it matters here. Ray begins it again while `goes_on`."""
+    """What Ray knows of a trial, as far as it matters here."""
 
-    trial_id, num_failures, max_failures = "t", 0, -1
+    trial_id = "t"
 
     def __init__(self, tmp_path: Path) -> None:
-        self.pickled_error_file = str(tmp_path / "error.pkl")
+        self.pickled_error_file, self.error_file = str(tmp_path / "error.pkl"), str(tmp_path / "error.txt")
         self.temporary_state = type("State", (), {"ray_actor": "the actor"})()
 
-    def dies(self, gate: Any, message: str, *, preempted: bool = False) -> bool:
-        """As Ray does it: count, decide, tell the scheduler."""
+    def dies(self, gate: Any, face: Any, message: str, *, preempted: bool = False, pickled: bool = True) -> None:
+        """As Ray does it: it tells the scheduler and, unless the trial was preempted and is begun again by Ray itself, the searcher."""
         from ray import cloudpickle
         from ray.exceptions import RayActorError
 
-        error = RayActorError("0", message, preempted=preempted)
-        Path(self.pickled_error_file).write_bytes(cloudpickle.dumps(error))
-        self.num_failures += not preempted
-        goes_on = self.num_failures <= self.max_failures or self.max_failures < 0
+        Path(self.pickled_error_file).unlink(missing_ok=True)
+        if pickled:
+            Path(self.pickled_error_file).write_bytes(cloudpickle.dumps(RayActorError("0", message, preempted=preempted)))
+        Path(self.error_file).write_text(message)
         gate.on_trial_error(None, self)
-        return goes_on
+        if not preempted:
+            face.on_trial_complete("t", error=True)
+
+
+def _goes_on(book: Book) -> bool:
+    return (again := book.next()) is not None and again.number == 0
 
 
 @on_ray
-def test_ray_begins_a_trial_again_until_the_book_says_so(tmp_path: Path) -> None:
+def test_a_trial_is_begun_again_until_its_workers_die_without_progress(tmp_path: Path) -> None:
     from distprune.search.runner import Face, Gate
 
     book, handle, told = _book(tmp_path), Handle(tmp_path), list[int]()
     gate, face = Gate(book, {"t": 0}), Face(book, lambda assignment: _job(tmp_path), {"t": 0}, told.append)
     words = "The actor is dead because its worker process has died."
     for index in range(4):
-        assert all(handle.dies(gate, "its node has died", preempted=True) for _ in range(5))
-        assert handle.dies(gate, words) and handle.dies(gate, words)
+        for _ in range(5):
+            handle.dies(gate, face, words, preempted=True)
+            handle.dies(gate, face, "The actor died because its node has died.", pickled=index % 2 == 0)
+            assert _goes_on(book), "nobody's fault"
+        for _ in range(2):
+            handle.dies(gate, face, words)
+            assert _goes_on(book)
         gate.on_trial_result(None, handle, {"r": json.dumps(_row(0, index, attempt=str(index)))})  # type: ignore[arg-type]
-    assert handle.dies(gate, words) and handle.dies(gate, words)
+    for _ in range(2):
+        handle.dies(gate, face, words)
+        assert _goes_on(book)
     gate.on_trial_result(None, handle, {"r": json.dumps(_row(0, 3, attempt="again"))})  # type: ignore[arg-type]
-    assert handle.dies(gate, words, preempted=True), "free, whatever went before"
-    assert not handle.dies(gate, "the node running low on memory"), "what was sent again was no progress"
-    face.on_trial_complete("t", error=True)
-    assert told == [0] and book.entries[0].ended == "lost" and book.entries[0].deaths[-2:] == ["preempted", "memory of the node"]
+    handle.dies(gate, face, "the node running low on memory")
+    assert not _goes_on(book), "what was sent again was no progress"
+    entry = book.entries[0]
+    assert entry.ended == "lost" and entry.deaths[-2:] == ["worker process died", "memory of the node"] and "unknown" not in entry.deaths
 
 
 @on_ray
@@ -665,6 +686,7 @@ def test_a_silent_worker_is_killed_and_a_second_one_is_the_end(tmp_path: Path, m
     monkeypatch.setattr(runner.ray, "kill", killed.append)
     monkeypatch.setattr(runner.time, "monotonic", lambda: now[0])
     gate, draw = runner.Gate(book, {"t": 0}), runner.Draw(lambda: None, book, {"t": 0}, 10)
+    face = runner.Face(book, lambda assignment: _job(tmp_path), {"t": 0}, lambda number: None)
     some: Any = {"iteration": 0, "trials": [], "trial": handle}
     full = [""]
     book.holds = lambda: full[0]
@@ -678,14 +700,16 @@ def test_a_silent_worker_is_killed_and_a_second_one_is_the_end(tmp_path: Path, m
     assert wait(9) == 0
     draw.on_trial_result(**some, result={})
     assert wait(9) == 0 and wait(2) == 1 == wait(30), "given up once"
-    assert handle.dies(gate, "killed by `ray.kill`")
-    draw.on_trial_recover(**some)
+    handle.dies(gate, face, "killed by `ray.kill`")
+    assert _goes_on(book)
+    draw.on_trial_error(**some)
     draw.on_trial_start(**some)
     full[0] = "full"
     assert wait(50) == 1, "on a full disk it waits for space"
     full[0] = "crowded"
     assert wait(9) == 1 and wait(2) == 2
-    assert not handle.dies(gate, "killed by `ray.kill`") and book.entries[0].ended == "timeout"
+    handle.dies(gate, face, "killed by `ray.kill`")
+    assert not _goes_on(book) and book.entries[0].ended == "timeout"
 
 
 @on_ray

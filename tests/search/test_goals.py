@@ -15,6 +15,7 @@ from distprune.core import registry
 from distprune.core.recipe import Recipe
 from distprune.core.run import prepare
 from distprune.errors import UserError
+from distprune.report.tables import infeasible
 from distprune.result import Result
 from distprune.search import driver
 from distprune.search.config import Budget, Search
@@ -300,6 +301,10 @@ def test_latency_for_real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
             {"budget": [{"most": 0.5}, {"cost": "latency", "most": 0.5}]},
             "budget.cost 'latency' is measured on a network that is really smaller",
         ),
+        (
+            {"budget": {"most": 0.1}, "space": {"paradigm": ["at_init"], "allocator": ["erk"], "sparsity": [0.5, 0.8]}},
+            "budget.most of 'params' is 0.1, and no trial keeps less than 0.2: space.sparsity ends at 0.8",
+        ),
         ({"floor": 85.0}, "floor must be above 0 and at most 1, as accuracy is, got 85. Write it as a share"),
         ({"floor": 0.0}, "floor must be above 0 and at most 1"),
         ({"floor": float("nan")}, "floor must be a number, got nan"),
@@ -319,14 +324,13 @@ def test_mistakes_are_one_line(changes: dict[str, Any], message: str, tmp_path: 
 
 
 def test_a_space_leaves_out_what_cannot_keep_to_a_budget_in_flops(tmp_path: Path) -> None:
-    changed = {"paradigm", "granularity"}
     value = search(
         tmp_path,
         recipe={**BASE, "sparsity_of": "flops"},
         space={"granularity": ["weight", "n_m"], "criterion": ["magnitude"], "sparsity": 0.5},
     )
     space = set_up(value).space
-    assert not {"snfs", "dsr"} & {candidate.name for candidate in space.axes["paradigm"]} and changed
+    assert not {"snfs", "dsr"} & {candidate.name for candidate in space.axes["paradigm"]}
     assert [granularity.name for granularity in space.granularities] == ["weight"]
     assert any(line.startswith("granularity n_m: ") for line in space.excluded)
 
@@ -337,3 +341,11 @@ def test_goals_are_written_as_they_are_read(tmp_path: Path) -> None:
         again = Search.read(json.loads(json.dumps(value.plain())))
         assert Goals.of(again) == Goals.of(value) and len(again.minimize) == 2 and value.plain() == again.plain()
     assert search(tmp_path, minimize=[]).minimize == () and search(tmp_path).minimize == (PARAMS,)
+
+
+@pytest.mark.usefixtures("tables_only")
+def test_what_keeps_finished_networks_from_the_front_is_said(tmp_path: Path) -> None:
+    result = Result(start(search(tmp_path, trials=6, floor=0.99, scheduler="none")).path)
+    assert [row.row["violated"] for row in result.rows()] == [["floor"]] * 6 and not result.pareto()
+    assert infeasible(result) == ["6 finished trials cannot be on the front: floor (6)."]
+    assert infeasible(Result(start(search(tmp_path, name="free", trials=2)).path)) == []
