@@ -88,7 +88,7 @@ def failures(result: "Result", most: int = 5) -> list[str]:
 
 def simulated_lines(result: "Result") -> list[str]:
     """What a simulated search was, its virtual time and its hypervolume; empty for a real one."""
-    facts = result.folder.simulated
+    facts = result.folder.simulated()
     if facts is None:
         return []
     time = f"{facts['time']:,.0f} {'seconds' if facts['clock'] == 'wall_s' else 'samples a worker'}" if "time" in facts else "unfinished"

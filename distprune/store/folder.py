@@ -24,7 +24,6 @@ class RunFolder:
             raise UserError(f"{path} is not a run folder: it has no search.yaml.{known}")
         return folder
 
-    @property
     def simulated(self) -> dict[str, Any] | None:
         """What a simulated search says of itself; None for a real one."""
         facts = read_yaml(self.search_yaml)
@@ -32,7 +31,7 @@ class RunFolder:
 
     def check_real(self, done: str) -> None:
         """Raise UserError for a simulated search: it holds no networks, so it cannot be e.g. exported."""
-        if simulated := self.simulated:
+        if simulated := self.simulated():
             raise UserError(
                 f"{self.path} is a simulated search, whose trials were looked up in {simulated['run']}: it cannot be {done}. "
                 "Run the search itself, or simulate it again under another name."

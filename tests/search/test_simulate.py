@@ -132,8 +132,8 @@ def test_virtual_time_is_that_of_the_trials(run: RunFolder, tmp_path: Path) -> N
     ran = sum(row.row["ended"] == "finished" for row in simulate(run, tmp_path / "1", trials=9).rows())
     for workers in (1, 2, 4):
         result = simulate(run, tmp_path / str(workers * 10), trials=9, workers=workers)
-        assert result.folder.simulated is not None
-        assert result.folder.simulated["time"] == pytest.approx(10.5 * -(-ran // workers))
+        assert result.folder.simulated() is not None
+        assert result.folder.simulated()["time"] == pytest.approx(10.5 * -(-ran // workers))
 
 
 def test_a_limit_of_time_is_one_of_virtual_time(run: RunFolder, tmp_path: Path) -> None:
