@@ -59,8 +59,8 @@ def project(state: State, recipe: Recipe, plan: Plan, env: Env, *, recovery: int
             recover.enter(scratch, env)
             for _ in recover.run(scratch, env):
                 pass  # where the run would report
-        calibrate(scratch, env, _CALIBRATION_BATCHES, config.batch_size)
+        calibrated = calibrate(scratch, env, _CALIBRATION_BATCHES, config.batch_size)
         with env.autocast():
             metrics = env.task.metrics(scratch.model, "validation")
-    spent = scratch.ledger.cost + _CALIBRATION_BATCHES * recipe.train.batch_size
+    spent = scratch.ledger.cost + calibrated
     return Projection(metrics[env.task.objective], spent, counted(subject_of(scratch, recipe, env), costs))

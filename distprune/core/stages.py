@@ -231,13 +231,16 @@ class Calibrate(Stage):
 
 
 @torch.no_grad()
-def calibrate(state: "State", env: "Env", batches: int, batch_size: int) -> None:
-    """Replace running statistics of batch normalisation by their mean over `batches` batches; other buffers and modes stay."""
+def calibrate(state: "State", env: "Env", batches: int, batch_size: int) -> int:
+    """Replace running statistics of batch normalisation by their mean over `batches` batches; other buffers and modes stay.
+
+    Returns how many samples that took: none without such statistics.
+    """
     norms = [
         module for module in state.model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats
     ]
     if not norms:
-        return
+        return 0
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
@@ -251,3 +254,4 @@ def calibrate(state: "State", env: "Env", batches: int, batch_size: int) -> None
                     env.task.outputs(state.model, part)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
+    return batches * batch_size

@@ -178,7 +178,7 @@ class Search:
     limits: Limits = field(default_factory=Limits)
     workers: Workers = field(default_factory=Workers)
     report_every: str = "1ep"
-    recovery: str = "40it"  # training of the copy that is scored at a rung
+    recovery: str | None = None  # training of the copy that is scored at a rung; by default 40it, but at most 5% of the training
     seed: int = 0  # of every trial, so that equal prefixes of trials are equal work
     cache: Caching | None = field(default_factory=Caching)  # what trials share of that work
     storage: str = "runs"  # folder of run folders
@@ -198,7 +198,8 @@ class Search:
         if search.floor is not None and not math.isfinite(search.floor):
             raise UserError(f"{where}.floor must be a number, got {search.floor}. Write floor: 0.85, or leave it out.")
         check_length(search.report_every, f"{where}.report_every", relative=False)
-        check_length(search.recovery, f"{where}.recovery", relative=False)
+        if search.recovery is not None:
+            check_length(search.recovery, f"{where}.recovery")
         for key in ("paradigm", "sparsity", "criterion", "allocator", "regularizer"):
             if key in search.recipe:
                 raise UserError(f"recipe.{key} must not be set in a search, got {search.recipe[key]!r}. Write it as space.{key}.")

@@ -30,6 +30,7 @@ from distprune.search.candidates import Candidate, read_axis, read_sparsities
 
 ORDER = ("paradigm", "granularity", "criterion", "allocator", "regularizer", "optimizer")
 KEYS = (*ORDER, "sparsity")
+_GOLDEN = (5**0.5 - 1) / 2
 _Labels = tuple[str, ...]
 
 
@@ -229,7 +230,11 @@ class Space:
         return replace(self._base, sparsity=sparsity, train=train, **choices)
 
     def covering(self) -> list[dict[str, Any]]:
-        """Parameters of the first trials: every candidate of every axis is in one, and every paradigm at every listed sparsity."""
+        """Parameters of the first trials: every candidate of every axis is in one, and every paradigm at every listed sparsity.
+
+        Of a range, the densities are spread evenly in the logarithm from the sparsest on, which bounds the front and passes the targets
+        of others on its way: multiples of the golden ratio, which never fall into step with the paradigms' turns.
+        """
         waiting = {(axis, candidate.label) for axis in ORDER for candidate in self.axes[axis]}
         values = self.sparsities.values if isinstance(self.sparsities, Choices) else ()
         pairs = [(paradigm.label, value) for paradigm in self.axes["paradigm"] for value in values]
@@ -258,6 +263,10 @@ class Space:
                     pairs.remove(at)
                 elif not covered:
                     continue
+                elif free and not isinstance(self.sparsities, Choices):
+                    least, most = self._densities()
+                    spread = least * (most / least) ** (sum("density" in other for other in first) * _GOLDEN % 1)
+                    parameters["density"] = min(max(round(spread, 6), least), most)
                 waiting -= covered
                 first.append(parameters)
             if len(first) == before:
@@ -317,8 +326,12 @@ class Space:
         if isinstance(self.sparsities, Choices):
             values = self.sparsities.values
             return float(values[0] if len(values) == 1 else trial.suggest_categorical("sparsity", list(values)))
+        least, most = self._densities()
+        return round(1 - trial.suggest_float("density", least, most, log=True), 5)
+
+    def _densities(self) -> tuple[float, float]:
         low, high = bounds(self.sparsities)
-        return round(1 - trial.suggest_float("density", round(1 - high, 6), round(1 - low, 6), log=True), 5)
+        return round(1 - high, 6), round(1 - low, 6)
 
     def _pick(self, trial: Suggest, name: str, candidates: Sequence[Candidate]) -> Candidate:
         if len(candidates) == 1:

@@ -40,6 +40,7 @@ from distprune.store.folder import RunFolder
 
 CHECKPOINT_EVERY_S = 60.0  # besides those at rungs and at the end
 KEPT_CHECKPOINTS = 2  # of an attempt
+RECOVERY_STEPS, RECOVERY_SHARE = 40, 0.05  # before a score is taken, of the training at most; see benchmarks/ranks.py
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +52,7 @@ class Job:
     folder: str  # the run folder
     rungs: list[int]  # costs
     report_every: str
-    recovery: str
+    recovery: str | None  # see Search
     known: int  # reports that the driver has already; those after it are sent again
     threads: int
     device: str
@@ -140,7 +141,7 @@ def _rows(job: Job, base: dict[str, Any], memory: Memory) -> Iterator[dict[str, 
     if outbox and outbox[-1]["final"]:
         return
     grace = grace_cost(run.plan)
-    recovery = to_steps(job.recovery, steps_per_epoch=run.env.task.steps_per_epoch(run.recipe.train.batch_size))
+    recovery = _recovery(job.recovery, run)
     rung = max((row["rung"] for row in outbox), default=-1)
     saved_at, kept_checkpoints = started, list[Path]()
     before = _run_so_far(run)  # in earlier attempts
@@ -173,6 +174,15 @@ def _rows(job: Job, base: dict[str, Any], memory: Memory) -> Iterator[dict[str, 
                     shutil.rmtree(old, ignore_errors=True)
             rung = crossed
             yield row
+
+
+def _recovery(length: str | None, run: Run) -> int:
+    """Steps of training before a score is taken."""
+    steps_per_epoch = run.env.task.steps_per_epoch(run.recipe.train.batch_size)
+    whole = int(run.recipe.resolved(steps_per_epoch).train.length)
+    if length is not None:
+        return to_steps(length, steps_per_epoch=steps_per_epoch, whole=whole)
+    return min(RECOVERY_STEPS, math.ceil(RECOVERY_SHARE * whole))
 
 
 def _run_so_far(run: Run) -> int:

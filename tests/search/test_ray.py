@@ -130,7 +130,7 @@ def test_a_killed_driver_is_resumed_without_loss(moment: int, tmp_path: Path) ->
     for number, rows in reports(folder).items():
         assert [row["index"] for row in rows] == list(range(len(rows)))
         if ended[number].user_attrs["end"]["ended"] == "finished":
-            assert rows[-1]["final"] and ended[number].values == [rows[-1]["objective"], 1 - rows[-1]["sparsity"]]
+            assert rows[-1]["final"] and ended[number].values == pytest.approx([rows[-1]["objective"], 1 - rows[-1]["sparsity"]], rel=1e-12)
 
 
 def test_ctrl_c_stops_within_seconds_and_says_how_to_go_on(tmp_path: Path) -> None:

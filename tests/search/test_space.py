@@ -1,5 +1,7 @@
 """The space proposes legal recipes only, and every candidate that has one."""
 
+import itertools
+import math
 from typing import Any
 
 import optuna
@@ -45,6 +47,18 @@ def test_the_first_trials_hold_every_candidate_and_cross_sparsities_with_paradig
     crossed = {(recipe.paradigm.name, recipe.sparsity) for recipe in recipes if recipe.granularity.name != "n_m"}
     pruning = [candidate.label for candidate in space.axes["paradigm"] if "sparsity" in candidate.choice.entry.facts["uses"]]
     assert crossed >= {(name, value) for name in pruning for value in ALL["sparsity"]}
+
+
+def test_the_first_trials_spread_the_densities_of_a_range_from_the_sparsest_on() -> None:
+    space = Space(BASE, {**ALL, "sparsity": [0.5, 0.98]}, seed=0)
+    densities = [parameters["density"] for parameters in space.covering() if "density" in parameters]
+    assert densities[0] == 0.02 and len(set(densities)) == len(densities) >= 8
+    places = sorted(math.log(density / 0.02, 25) for density in densities)
+    gaps = [after - before for before, after in itertools.pairwise([*places, 1.0])]
+    assert max(gaps) < 2.7 / len(densities), "three gaps at most, of which the longest is the sum of the others (Steinhaus)"
+    for name in ("gradual", "lth"):
+        own = [parameters["density"] for parameters in space.covering() if parameters["paradigm"] == name and "density" in parameters]
+        assert len(own) < 3 or max(own) > 4 * min(own), "the turns of the paradigms are not those of the densities"
 
 
 def test_a_pattern_comes_with_its_own_sparsity_or_not_at_all() -> None:

@@ -130,6 +130,16 @@ def test_projecting_changes_nothing_and_measures_the_final_budget() -> None:
     assert len(set(scores)) > 1
 
 
+@pytest.mark.parametrize(("recovery", "steps"), [(None, 2), ("30%", 12), ("3it", 3), ("1ep", 10)])
+def test_a_score_costs_its_recovery_and_nothing_for_statistics_that_a_network_has_not(
+    recovery: str | None, steps: int, tmp_path: Path
+) -> None:
+    value = recipe("gradual", model={"name": "mlp"}).plain()  # 40 steps of 32 samples
+    rows = list(run_trial(_job(tmp_path, recipe=value, recovery=recovery, rungs=[2 * 320])))
+    assert [row["score"] is not None for row in rows] == [False, True, False, True]
+    assert rows[-1]["spent"] == 4 * 320 + steps * 32
+
+
 def test_grace_is_the_first_round_of_plans_that_prune_in_rounds() -> None:
     assert grace_cost(ready(ROUNDS, sparsity=0.9).plan) == 4 * 320 + (4 * 320 - 4 * 32)
     assert grace_cost(ready("finetune").plan) == grace_cost(ready("at_init").plan) == grace_cost(ready("dense").plan) == 0
