@@ -41,7 +41,8 @@ def read_fields(cls: Any, value: Any, where: str) -> dict[str, Any]:
     if isinstance(value, cls):
         return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
     if not isinstance(value, Mapping):
-        raise UserError(f"{where} must be a mapping of keys, got {value!r}.")
+        keys = ", ".join(f"{field.name}: ..." for field in dataclasses.fields(cls)[:3])
+        raise UserError(f"{where} must be a mapping of keys, got {value!r}. Write {{{keys}}}.")
     hints = typing.get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls)}
     for key in value:

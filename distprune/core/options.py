@@ -5,6 +5,7 @@ is an option with a default and a place in the default search space. An option w
 """
 
 import inspect
+import re
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -107,7 +108,16 @@ def check_type(value: Any, kind: Any, where: str) -> Any:
         return value
     elif kind in (bool, str) and isinstance(value, kind):
         return value
-    raise UserError(f"{where} must be {_type_name(kind)}, got {value!r}.")
+    raise UserError(f"{where} must be {_type_name(kind)}, got {value!r}.{_written_right(value, kind)}")
+
+
+def _written_right(value: Any, kind: Any) -> str:
+    """The way out where it can be guessed: a percentage in place of a share, a number in quotation marks."""
+    match = re.fullmatch(r"(\d*\.?\d+) *(%?)", value) if isinstance(value, str) else None
+    if kind not in (float, int) or match is None:
+        return ""
+    number = float(match[1]) / (100 if match[2] else 1)
+    return f" Write {number:g}." if kind is float or number.is_integer() else ""
 
 
 def _type_name(kind: Any) -> str:
