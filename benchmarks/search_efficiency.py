@@ -157,7 +157,7 @@ def _run_search(column: Column, seed: int, trials: int, workers: int, batch: int
         if column.plain_scores:
             stack.enter_context(mock.patch.object(trial, "project", _plain))
         if column.uncovered:
-            stack.enter_context(mock.patch("distprune.search.space.Space.covering", lambda space: []))
+            stack.enter_context(mock.patch("distprune.search.proposer.covering", lambda space: []))
         done = driver.start(search, engine=Simulator(trial.run_trial, workers=workers), listen=lambda event, facts: None)
     return _trace(done, search)
 

@@ -17,6 +17,7 @@ from distprune.core.streams import stream_seed
 from distprune.errors import UserError
 from distprune.search.branches import Placed
 from distprune.search.budgeted import BudgetSampler
+from distprune.search.covering import covering
 from distprune.search.episodes import Budgets
 from distprune.search.fitset import FIT_SET, FitSet, Kept
 from distprune.search.space import Recorder, Space
@@ -64,7 +65,7 @@ class Proposer:
         self._sampler, self._space, self._directions, self._seed = sampler, space, list(directions), seed
         self._budgets, self._learned, self._fit_set = budgets, learned, fit_set
         facts = sampler.entry.facts
-        self._first = [*first, *([] if facts["enumerates"] else space.covering())]
+        self._first = [*first, *([] if facts["enumerates"] else covering(space))]
         self._blind, self._same_constraint = facts["blind"], facts["same_constraint"]
         self._parameters = space.parameters() if facts["flat"] else None
         self._learner: BudgetSampler | None = sampler(seed) if facts["learns"] else None

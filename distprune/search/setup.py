@@ -21,6 +21,7 @@ from distprune.core.run import Run, check_fits, check_options, prepare
 from distprune.errors import UserError
 from distprune.search.budgeted import ALLOCATOR
 from distprune.search.config import Search
+from distprune.search.covering import covering
 from distprune.search.enumeration import Grid
 from distprune.search.episodes import Budgets
 from distprune.search.learned import collect
@@ -103,7 +104,7 @@ def _leave_out(space: Space, dense: Run, per_epoch: int, *, priors: bool) -> Non
     """
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     first: dict[str, Recipe] = {}
-    for parameters in space.covering():
+    for parameters in covering(space):
         study.enqueue_trial(parameters)
         recipe = space.build(study.ask())
         plan = recipe.plan(per_epoch)

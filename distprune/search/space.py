@@ -30,7 +30,6 @@ from distprune.search.candidates import Candidate, read_axis, read_sparsities
 
 ORDER = ("paradigm", "granularity", "criterion", "allocator", "regularizer", "optimizer")
 KEYS = (*ORDER, "sparsity")
-_GOLDEN = (5**0.5 - 1) / 2
 _Labels = tuple[str, ...]
 
 
@@ -195,6 +194,10 @@ class Space:
         fixed = fixed_sparsity(picked["granularity"].choice)
         return _within(sparsity, self.sparsities) if fixed is None else abs(sparsity - fixed) < 1e-6
 
+    def usual(self, axis: str) -> Choice:
+        """What a recipe has that says nothing of the axis."""
+        return self._base.train.optimizer if axis == "optimizer" else getattr(self._base, axis)
+
     def parameters(self) -> dict[str, BaseDistribution]:
         """All parameters that a proposal may have; each has some of them."""
         recorder = Recorder()
@@ -228,49 +231,6 @@ class Space:
         elif "granularity" in picked:
             sparsity = self._sparsity(trial, picked["granularity"])
         return replace(self._base, sparsity=sparsity, train=train, **choices)
-
-    def covering(self) -> list[dict[str, Any]]:
-        """Parameters of the first trials: every candidate of every axis is in one, and every paradigm at every listed sparsity.
-
-        Of a range, the densities are spread evenly in the logarithm from the sparsest on, which bounds the front and passes the targets
-        of others on its way: multiples of the golden ratio, which never fall into step with the paradigms' turns.
-        """
-        waiting = {(axis, candidate.label) for axis in ORDER for candidate in self.axes[axis]}
-        values = self.sparsities.values if isinstance(self.sparsities, Choices) else ()
-        pairs = [(paradigm.label, value) for paradigm in self.axes["paradigm"] for value in values]
-        first: list[dict[str, Any]] = []
-        while True:
-            before = len(first)
-            for paradigm in self.axes["paradigm"]:
-                chosen, parameters = [paradigm], {}
-                axes = self.axes_of(paradigm)
-                for axis in axes[1:]:
-                    legal = self._legal[_labels(chosen)]
-                    new = [candidate for candidate in legal if (axis, candidate.label) in waiting]
-                    # Taken in turn; those that fix the sparsity only once, as they cannot be crossed with it.
-                    rest = [c for c in legal if not _fixes(axis, c)] or legal
-                    candidate = new[0] if new else rest[len(first) % len(rest)]
-                    if len(legal) > 1:  # with one candidate there is nothing to choose, and no parameter
-                        parameters[self._parameter(chosen, axis)] = candidate.label
-                    chosen.append(candidate)
-                if len(self.axes["paradigm"]) > 1:
-                    parameters["paradigm"] = paradigm.label
-                covered = {(axis, candidate.label) for axis, candidate in zip(axes, chosen, strict=True)} & waiting
-                free = "granularity" in axes and not any(_fixes(axis, c) for axis, c in zip(axes, chosen, strict=True))
-                at = next((pair for pair in pairs if pair[0] == paradigm.label), None)
-                if at is not None and len(values) > 1 and free:
-                    parameters["sparsity"] = at[1]
-                    pairs.remove(at)
-                elif not covered:
-                    continue
-                elif free and not isinstance(self.sparsities, Choices):
-                    least, most = self._densities()
-                    spread = least * (most / least) ** (sum("density" in other for other in first) * _GOLDEN % 1)
-                    parameters["density"] = min(max(round(spread, 6), least), most)
-                waiting -= covered
-                first.append(parameters)
-            if len(first) == before:
-                return first
 
     def axes_of(self, paradigm: Candidate) -> list[str]:
         """The axes that a paradigm looks at, in the order in which they are chosen."""
@@ -359,7 +319,7 @@ def sets_sparsity(candidate: Candidate) -> bool:
     return bool(candidate.choice.entry.facts.get("sets_sparsity"))  # a fact of allocators alone
 
 
-def _fixes(axis: str, candidate: Candidate) -> bool:
+def fixes_sparsity(axis: str, candidate: Candidate) -> bool:
     """Whether a candidate of an axis leaves no choice of the sparsity."""
     return sets_sparsity(candidate) if axis == "allocator" else axis == "granularity" and fixed_sparsity(candidate.choice) is not None
 

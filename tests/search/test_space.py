@@ -13,6 +13,7 @@ from distprune.core.legality import violations
 from distprune.core.recipe import Recipe
 from distprune.errors import UserError
 from distprune.search.config import Search
+from distprune.search.covering import covering
 from distprune.search.setup import set_up
 from distprune.search.space import Space
 
@@ -36,7 +37,7 @@ def test_the_first_trials_hold_every_candidate_and_cross_sparsities_with_paradig
     space = Space(BASE, ALL, seed=0)
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     recipes = []
-    for parameters in space.covering():
+    for parameters in covering(space):
         study.enqueue_trial(parameters)
         trial = study.ask()
         recipes.append(space.build(trial))
@@ -51,14 +52,32 @@ def test_the_first_trials_hold_every_candidate_and_cross_sparsities_with_paradig
 
 def test_the_first_trials_spread_the_densities_of_a_range_from_the_sparsest_on() -> None:
     space = Space(BASE, {**ALL, "sparsity": [0.5, 0.98]}, seed=0)
-    densities = [parameters["density"] for parameters in space.covering() if "density" in parameters]
+    densities = [parameters["density"] for parameters in covering(space) if "density" in parameters]
     assert densities[0] == 0.02 and len(set(densities)) == len(densities) >= 8
     places = sorted(math.log(density / 0.02, 25) for density in densities)
     gaps = [after - before for before, after in itertools.pairwise([*places, 1.0])]
     assert max(gaps) < 2.7 / len(densities), "three gaps at most, of which the longest is the sum of the others (Steinhaus)"
-    for name in ("gradual", "lth"):
-        own = [parameters["density"] for parameters in space.covering() if parameters["paradigm"] == name and "density" in parameters]
-        assert len(own) < 3 or max(own) > 4 * min(own), "the turns of the paradigms are not those of the densities"
+
+
+def test_each_paradigm_is_first_tried_as_it_is_usually_run() -> None:
+    base = {**BASE, "train": {**BASE["train"], "optimizer": {"name": "sgd", "lr": 0.03}}}
+    optimizer = [{"name": "adamw"}, {"name": "sgd", "lr": [0.01, 0.03, 0.1]}]
+    paradigms = ["at_init", {"name": "lth", "share": [0.5, 0.9]}, {"name": "finetune", "share": [0.2, 0.3, 0.5]}, "slimming"]
+    space = Space(base, {**ALL, "paradigm": paradigms, "optimizer": optimizer}, seed=0)
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    recipes: dict[str, Recipe] = {}
+    for parameters in covering(space):
+        study.enqueue_trial(parameters)
+        recipe = space.build(study.ask())
+        recipes.setdefault(recipe.paradigm.name, recipe)
+    assert list(recipes) == ["at_init", "lth", "finetune", "slimming"]
+    for name, recipe in recipes.items():
+        assert recipe.train.optimizer.plain() == {"name": "sgd", "lr": 0.03}
+        if name != "slimming":
+            assert (recipe.granularity.name, recipe.criterion.name, recipe.regularizer.name) == ("weight", "magnitude", "none")
+            assert (recipe.allocator.name == "global") is (name != "at_init"), "untrained layers' magnitudes are not comparable"
+    assert recipes["slimming"].granularity.name == "filter", "the usual one is not legal there"
+    assert 0.5 <= recipes["lth"].paradigm.option("share") <= 0.9, "its default, 0.2, is not in the space"
 
 
 def test_a_pattern_comes_with_its_own_sparsity_or_not_at_all() -> None:

@@ -11,6 +11,7 @@ from toys import BASE
 from distprune.core.recipe import Recipe
 from distprune.errors import UserError
 from distprune.search.config import Search
+from distprune.search.covering import covering
 from distprune.search.setup import set_up
 from distprune.search.space import Space
 from distprune.search.starts import settle
@@ -44,8 +45,7 @@ def test_settings_come_first_then_what_covers_the_space_and_what_is_open_is_draw
     assert first[0].paradigm.name == "lth" and first[0].sparsity == 0.95
     assert first[1].criterion.name == "snip"
     assert first[2].paradigm.option("share") == 0.5 and first[2].allocator.name == "erk"
-    covering = Space(BASE, SPACE, seed=0).covering()
-    for parameters, trial in zip(covering, trials(folder)[3:], strict=False):
+    for parameters, trial in zip(covering(Space(BASE, SPACE, seed=0)), trials(folder)[3:], strict=False):
         assert all(trial.params[name] == value for name, value in parameters.items())
     other = _recipes(start(search(tmp_path / "b", trials=3, space=SPACE, start=settings, seed=1)))
     assert other[0].sparsity == 0.95 and [r.plain() for r in other] != [{**r.plain(), "seed": 1} for r in first[:3]]
@@ -106,8 +106,8 @@ def test_a_search_learns_from_an_earlier_one_and_never_lists_its_trials(tmp_path
     new = start(value, workers=1)
     assert len(trials(new)) == 12 and len(json.loads(new.learned.read_text())[str(old.path)]) == 16
     without = start(search(tmp_path / "without", trials=12, space=wider, sampler="tpe"), workers=1)
-    covering = len(Space(BASE, wider, seed=0).covering())
-    assert outcome(new)[:covering] != outcome(without)[:covering], "what the covering trials leave open is drawn from a model"
+    first = len(covering(Space(BASE, wider, seed=0)))
+    assert outcome(new)[:first] != outcome(without)[:first], "what the covering trials leave open is drawn from a model"
     part = start(search(tmp_path / "part", trials=6, space=wider, sampler="tpe", learn_from=[str(old.path)]), workers=1)
     (old.path / "search.yaml").unlink()  # a search goes on from what it learned when it began
     assert outcome(resume(part.path, workers=1, trials=12)) == outcome(new)
