@@ -178,7 +178,7 @@ class Search:
     limits: Limits = field(default_factory=Limits)
     workers: Workers = field(default_factory=Workers)
     report_every: str = "1ep"
-    recovery: str | None = None  # training of the copy that is scored at a rung; by default 40it, but at most 5% of the training
+    recovery: str | None = None  # training of the copy that is scored at a rung; by default 40it, but at most 10% of the training
     seed: int = 0  # of every trial, so that equal prefixes of trials are equal work
     cache: Caching | None = field(default_factory=Caching)  # what trials share of that work
     storage: str = "runs"  # folder of run folders

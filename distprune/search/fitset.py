@@ -18,14 +18,16 @@ class Kept(FrozenTrial):
         return copy.copy(self)
 
     @classmethod
-    def of(cls, trial: FrozenTrial, params: Mapping[str, Any], distributions: Mapping[str, BaseDistribution]) -> "Kept":
+    def of(
+        cls, trial: FrozenTrial, params: Mapping[str, Any], distributions: Mapping[str, BaseDistribution], values: list[float] | None
+    ) -> "Kept":
         """What a sampler wants to know of a trial."""
         return cls(
             number=trial.number,
             trial_id=-1,
             state=trial.state,
             value=None,
-            values=trial.values,
+            values=values,
             params=dict(params),
             distributions=dict(distributions),
             user_attrs={},

@@ -20,6 +20,7 @@ from distprune.search.budgeted import BudgetSampler
 from distprune.search.covering import covering
 from distprune.search.episodes import Budgets
 from distprune.search.fitset import FIT_SET, FitSet, Kept
+from distprune.search.goals import logarithm
 from distprune.search.space import Recorder, Space
 
 MOST_AHEAD = 4  # proposals that are prepared
@@ -172,13 +173,20 @@ class Proposer:
             self._storage.set_trial_system_attr(trial_id, f"constraints:{key}", float(value))
         if state == TrialState.PRUNED and values:
             self._storage.set_trial_intermediate_value(trial_id, max(rung or 0, 0), float(values[0]))
-        self._storage.set_trial_state_values(trial_id, state, None if values is None else [float(value) for value in values])
+        self._storage.set_trial_state_values(trial_id, state, self._seen(values))
         trial = self._storage.get_trial(trial_id)
         if self._learner is not None:
             self._learner.learn(trial)
-        trimmed = not self._blind and self._fitted.add(number, Kept.of(trial, trial.params, trial.distributions))
+        trimmed = not self._blind and self._fitted.add(number, Kept.of(trial, trial.params, trial.distributions, trial.values))
         if trimmed or trial_id > self._most_ids:
             self._refresh()
+
+    def _seen(self, values: Sequence[float] | None) -> list[float] | None:
+        """What a sampler sees of a trial's values: costs are logarithms, as they are compared at rungs."""
+        if values is None:
+            return None
+        found = zip(values, self._directions, strict=True)
+        return [float(value) if direction == "maximize" else logarithm(value) for value, direction in found]
 
     def _constraints(self, constraints: Mapping[str, float]) -> Mapping[str, float]:
         if not self._same_constraint:
@@ -216,7 +224,7 @@ class Proposer:
                 if name not in params:  # of another search's trial nothing was proposed
                     params[name] = idle[name] if name in idle else rest.sample_independent(None, trial, name, where)  # type: ignore[arg-type]
                     distributions[name] = where
-        found = Kept.of(trial, params, distributions)
+        found = Kept.of(trial, params, distributions, self._seen(trial.values))
         if self._same_constraint and trial.state.is_finished():
             attrs = {key: value for key, value in trial.system_attrs.items() if not key.startswith("constraints:")}
             attrs |= {f"constraints:{key}": value for key, value in self._constraints(trial.constraints).items()}

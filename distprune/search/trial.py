@@ -40,7 +40,7 @@ from distprune.store.folder import RunFolder
 
 CHECKPOINT_EVERY_S = 60.0  # besides those at rungs and at the end
 KEPT_CHECKPOINTS = 2  # of an attempt
-RECOVERY_STEPS, RECOVERY_SHARE = 40, 0.05  # before a score is taken, of the training at most; see benchmarks/ranks.py
+RECOVERY_STEPS, RECOVERY_SHARE = 40, 0.1  # before a score is taken, of the training at most; see benchmarks/ranks.py
 
 
 @dataclass(frozen=True, kw_only=True)

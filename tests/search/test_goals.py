@@ -1,6 +1,7 @@
 """What a search is after: shares of the dense network as objectives and budgets, floors, and costs that could not be measured."""
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -86,9 +87,15 @@ def test_at_a_rung_a_network_too_large_is_not_better_for_its_score_alone() -> No
     goals = Goals((), (_budget("flops", 0.5),))
     large, small = (_entry({}, best=best, costs={"flops": flops}) for best, flops in ((0.9, 1.0), (0.8, 0.4)))
     assert goals.ranked(large) == (0.9, -1.0) and goals.ranked(small) == (0.8, 0.0)
-    assert Goals((FLOPS,), (_budget("flops", 0.5),)).ranked(large) == (0.9, -1.0), "its share says so already"
+    assert Goals((FLOPS,), (_budget("flops", 0.5),)).ranked(large) == (0.9, 0.0), "its share says so already"
     assert goals.ranked(_entry({"flops": 0.75}, ended="finished")) == (0.5, -0.5)
     assert goals.ranked(_entry({"flops": None}, ended="finished")) == (0.5, -1.0)
+
+
+def test_costs_are_compared_by_their_logarithms() -> None:
+    scores = [Goals((FLOPS,)).ranked(_entry({}, best=0.7, costs={"flops": share})) for share in (0.02, 0.04, 0.5, 1.0)]
+    assert scores[0][1] - scores[1][1] == pytest.approx(scores[2][1] - scores[3][1]) == pytest.approx(math.log(2))
+    assert math.isfinite(Goals((FLOPS,)).ranked(_entry({}, best=0.7, costs={"flops": 0.0}))[1])
 
 
 def test_violations_are_relative_to_their_limits() -> None:

@@ -130,7 +130,7 @@ def test_projecting_changes_nothing_and_measures_the_final_budget() -> None:
     assert len(set(scores)) > 1
 
 
-@pytest.mark.parametrize(("recovery", "steps"), [(None, 2), ("30%", 12), ("3it", 3), ("1ep", 10)])
+@pytest.mark.parametrize(("recovery", "steps"), [(None, 4), ("30%", 12), ("3it", 3), ("1ep", 10)])
 def test_a_score_costs_its_recovery_and_nothing_for_statistics_that_a_network_has_not(
     recovery: str | None, steps: int, tmp_path: Path
 ) -> None:
