@@ -108,7 +108,11 @@ def search(
 
     found = Search.load(config, name=name, storage=storage, limits=limits)
     if simulate is not None:
+        from distprune.search.config import check_workers
         from distprune.search.recorded import Recorded
+
+        if workers is not None:
+            check_workers(workers, "workers")
 
         if address is not None:
             raise UserError(f"A simulated search runs in this process and needs no cluster, got address {address!r}. Leave it out.")
@@ -187,19 +191,29 @@ def sanity(
 def check(config: str | Path) -> list[str]:
     """Validate a recipe or a search without starting anything; returns lines that say what it is. Raises UserError for what is wrong."""
     from distprune.search.config import Search
-    from distprune.search.setup import set_up
+    from distprune.search.setup import check_cache, check_machine, check_storage, set_up
 
     value = read_yaml(config)
     if "paradigm" in value:
         ready = prepare(value)
         return [f"{config}: a recipe of {len(ready.plan.stages)} stages that bills {ready.plan.cost:,} samples. It is valid."]
-    found = Search.read(value)
+    found = Search.load(value)
+    check_storage(found)
     setup = set_up(found)
+    check_cache(found)
+    notes = []
+    if found.folder.exists():
+        notes.append(f"{found.folder} exists already: a new search wants another name, --name NAME.")
+    try:
+        check_machine(found)
+    except UserError as error:
+        notes.append(f"Not on this machine: {error}")
     axes = ", ".join(f"{axis} ({len(candidates)})" for axis, candidates in setup.space.axes.items())
     return [
         f"{config}: a search over {axes}, {setup.total:,} prunable weights.",
         f"A dense training bills {setup.dense_cost:,} samples, a trial {setup.mean_cost:,} on average and {setup.most_cost:,} at most.",
         f"Rungs at {', '.join(f'{cost:,}' for cost in setup.rungs().costs) or 'none'} samples; {found.limits.trials} trials.",
         *(f"Excluded: {line}" for line in setup.space.excluded),
+        *notes,
         "It is valid.",
     ]

@@ -81,12 +81,14 @@ class Display:
         print(f"\r\033[K{line}" if self._live else line, end="" if self._live else "\n", flush=True)
 
     def _line(self, summary: dict[str, Any]) -> str:
+        from distprune.store.trials import FAILED
+
         ends = summary["ends"]
         running = ends["running"]
         ended = summary["born"] - running
         most = max(summary["most"], summary["born"])  # a resume may lower the limit below what was begun
         parts = [f"{ended}/{most} trials done", f"{running} running", f"{ends['stopped']} stopped"]
-        failed = sum(ends[end] for end in ("error", "nan", "oom", "timeout", "lost"))
+        failed = sum(ends[end] for end in FAILED)
         if failed:
             parts.append(f"{failed} failed")
         if summary["best"]:

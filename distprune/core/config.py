@@ -29,10 +29,10 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         raise UserError(f"Cannot read {path}: {why}. Give the path of a YAML file, such as configs/digits.yaml.") from error
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
+    except (yaml.YAMLError, ValueError) as error:  # a date or a number that is none raises the latter
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}. Mend it there.") from error
     if not isinstance(value, Mapping):
-        raise UserError(f"{path} must hold a mapping of keys, got {type(value).__name__}.")
+        raise UserError(f"{path} must hold a mapping of keys, got {type(value).__name__}. configs/digits.yaml is an example.")
     return dict(value)
 
 

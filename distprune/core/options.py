@@ -5,6 +5,8 @@ is an option with a default and a place in the default search space. An option w
 """
 
 import inspect
+import json
+import math
 import re
 import typing
 from collections.abc import Callable, Mapping
@@ -25,6 +27,9 @@ class Range:
     low: float
     high: float
     log = False
+
+    def __str__(self) -> str:
+        return f"[{self.low:g}, {self.high:g}]"
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,9 @@ class PerLayer:
     """One number for each prunable layer of the recipe's model, each in `range`."""
 
     range: Range
+
+    def __str__(self) -> str:
+        return f"{self.range} for each layer"
 
 
 @dataclass(frozen=True)
@@ -77,7 +85,10 @@ class Option:
 
 
 def check_type(value: Any, kind: Any, where: str) -> Any:
-    """Return `value` converted to the annotation `kind`; a YAML int is a float where a float is due, nothing else changes."""
+    """Return `value` converted to the annotation `kind`; a YAML int is a float where a float is due, nothing else changes.
+
+    Numbers are finite, and whole ones below 2^63, as files hold them.
+    """
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if kind is Any:
         return value
@@ -97,27 +108,47 @@ def check_type(value: Any, kind: Any, where: str) -> Any:
         return tuple(check_type(item, args[0], f"{where}[{i}]") for i, item in enumerate(value))
     elif kind is type(None) and value is None:
         return None
-    elif kind is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
-    elif kind is float and isinstance(value, str):  # YAML reads 1e-3 as text
+    elif kind is float and isinstance(value, int | float | str) and not isinstance(value, bool):
         try:
-            return float(value)
-        except ValueError:
-            pass
-    elif kind is int and isinstance(value, int) and not isinstance(value, bool):
+            number = float(value)  # YAML reads 1e-3 as text
+        except (ValueError, OverflowError):
+            number = math.nan
+        if math.isfinite(number):
+            return number
+    elif kind is int and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63:
         return value
     elif kind in (bool, str) and isinstance(value, kind):
         return value
-    raise UserError(f"{where} must be {_type_name(kind)}, got {value!r}.{_written_right(value, kind)}")
+    raise UserError(f"{where} must be {_type_name(kind)}, got {value!r}. Write {_written_right(value, kind)}.")
 
 
 def _written_right(value: Any, kind: Any) -> str:
-    """The way out where it can be guessed: a percentage in place of a share, a number in quotation marks."""
-    match = re.fullmatch(r"(\d*\.?\d+) *(%?)", value) if isinstance(value, str) else None
-    if kind not in (float, int) or match is None:
-        return ""
-    number = float(match[1]) / (100 if match[2] else 1)
-    return f" Write {number:g}." if kind is float or number.is_integer() else ""
+    """The way out: the value as it was meant, where that can be guessed, else what may stand there."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, UnionType):
+        first = next(arg for arg in args if arg is not type(None))
+        return _written_right(value, first) + (", or leave it out" if type(None) in args else "")
+    number = re.fullmatch(r"(\d*\.?\d+) *(%?)", value) if isinstance(value, str) else None
+    if kind in (float, int) and number is not None:  # a percentage in place of a share, a number in quotation marks
+        meant = float(number[1]) / (100 if number[2] else 1)
+        if kind is float or meant.is_integer():
+            return f"{meant:g}"
+    if kind is int and isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
+        return f"{value:.0f}"
+    if kind is str and isinstance(value, int | float):
+        return f"'{value}'"
+    if origin in (list, tuple) and isinstance(value, str | int | float | Mapping):
+        return f"[{json.dumps(value, default=str) if isinstance(value, Mapping) else value}]"
+    return f"a value such as {_example(kind)}"
+
+
+def _example(kind: Any) -> str:
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (list, tuple):
+        return f"[{_example(args[0])}]"
+    if origin in (dict, Mapping):
+        return f"{{name: {_example(args[1])}}}"
+    return {float: "0.5", int: "1", str: "'text'", bool: "true", type(None): "null"}.get(kind, "0.5")
 
 
 def _type_name(kind: Any) -> str:

@@ -101,7 +101,7 @@ class Table:
             return self.choose(value, where=where)
         if not isinstance(value, Mapping) or ("name" in value) == ("import" in value):
             raise UserError(
-                f"{where} must be a name or a mapping with 'name' or 'import', got {value!r}. Write {where}: {self.names()[0]}."
+                f"{where} must be a name or a mapping with 'name' or 'import', got {value!r}. Known: {', '.join(self.names())}."
             )
         options = {str(key): item for key, item in value.items() if key not in ("name", "import")}
         name = f"import:{value['import']}" if "import" in value else str(value["name"])
@@ -168,7 +168,7 @@ def import_object(path: str, where: str) -> Any:
     """The object at 'package.module:name', with modules of the working directory importable. Raises UserError if it is not there."""
     module_name, _, name = path.partition(":")
     if not module_name or not name:
-        raise UserError(f"{where} must be 'package.module:function', got {path!r}.")
+        raise UserError(f"{where} must be 'package.module:function', got {path!r}. Write import: mine:function for one of mine.py.")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:

@@ -3,7 +3,9 @@
 import functools
 import json
 import math
+import platform
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -151,6 +153,25 @@ def load_data(choice: Choice) -> Dataset:
     return _LOADED[text]
 
 
+@functools.cache
+def _processor() -> str:
+    """The model of this machine's processor, in the words of the system."""
+    names = ("vendor_id", "cpu family", "model", "model name", "CPU implementer", "CPU part")
+    try:
+        lines = [line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines()]
+    except OSError:  # not Linux
+        lines = []
+    found = {f"{name.strip()} {value.strip()}" for name, _, value in lines if name.strip() in names}
+    return ", ".join(sorted(found)) or platform.processor() or platform.machine()
+
+
+def hardware(device: torch.device) -> str:
+    """The model of a device: others round otherwise. Empty for a GPU that this process has not used, which computes nothing on it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device) if torch.cuda.is_initialized() else ""  # type: ignore[no-untyped-call]
+    return _processor()
+
+
 def root_key(recipe: Recipe, device: torch.device, threads: int | None = None) -> str:
     """The key of a recipe's network before the first stage: all that the bits depend on besides the stages.
 
@@ -167,7 +188,7 @@ def root_key(recipe: Recipe, device: torch.device, threads: int | None = None) -
             "seed": recipe.seed,
             "precision": recipe.precision,
             "threads": (threads or torch.get_num_threads()) if device.type == "cpu" else 0,
-            "device": device.type,
+            "device": [device.type, hardware(device)],
             "torch": torch.__version__.split("+")[0],
         }
     )

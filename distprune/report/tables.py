@@ -10,6 +10,7 @@ from rich.table import Table
 from distprune.core.stages import Prune
 from distprune.core.state import TRAINING
 from distprune.errors import command
+from distprune.store.trials import FAILED
 
 if TYPE_CHECKING:
     from distprune.core.run import Run
@@ -82,7 +83,7 @@ def infeasible(result: "Result") -> list[str]:
 
 def failures(result: "Result", most: int = 5) -> list[str]:
     """Why trials failed, the most frequent reasons first."""
-    reasons = Counter(row["reason"] for row in result.trials.to_pylist() if row["ended"] in ("error", "nan", "oom"))
+    reasons = Counter(row["reason"] for row in result.trials.to_pylist() if row["ended"] in FAILED)
     return [f"{count} failed: {reason}" for reason, count in reasons.most_common(most)]
 
 
@@ -112,7 +113,8 @@ def show_result(result: "Result") -> None:
     print("Next:")
     if result.pareto():
         print(f"  {command(f'export {path} --to exported/{path.name}')}")
-    print(f"  {command(f'resume {path} --trials {2 * len(result.trials)}')}")
+    proposed = sum(row["repeat_of"] is None for row in result.trials.to_pylist())  # repeats of finalists are beyond the limit
+    print(f"  {command(f'resume {path} --trials {2 * max(proposed, 1)}')}")
 
 
 def plan_table(run: "Run") -> Table:

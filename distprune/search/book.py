@@ -3,19 +3,19 @@
 Nothing here knows Ray, reads a clock of its own or draws a number: the same reports in the same order give the same decisions.
 """
 
-import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from distprune.core.keys import digest
 from distprune.search.again import Again
+from distprune.search.decisions import Decisions
 from distprune.search.entry import Assignment, Entry
-from distprune.search.failures import MOST_DEATHS, MOST_SILENCES, Repeated
+from distprune.search.failures import MOST_DEATHS, MOST_SILENCES
 from distprune.search.goals import Goals
 from distprune.search.order import Order
 from distprune.search.proposer import MOST_AHEAD, Proposer
-from distprune.search.rungs import Rungs, Vector, dominates
+from distprune.search.rungs import Rungs
 from distprune.search.verdict import verdict
 from distprune.store.reports import ReportWriter
 from distprune.store.study import Truth
@@ -41,37 +41,38 @@ class Book:
         again: Again | None = None,
         order: Order | None = None,
     ) -> None:
-        self._proposer, self.rungs = proposer, rungs
+        self._proposer, self.rungs, self._decisions = proposer, rungs, Decisions(goals, rungs, most_wall=most_wall)
         self._truth, self._reports = truth, reports
         self._most_trials, self._most_cost, self._out_of_time = most_trials, most_cost, out_of_time
         self._goals = goals
         self.entries: list[Entry] = []
         self._requeued: list[int] = []
+        self._owed: list[int] = []  # trials that are run again for reports that were lost
         self._first_of: dict[str, int] = {}  # recipe identity -> the trial that runs it
-        self._cost = 0.0  # billed samples of all trials
-        self._exhausted = False  # the space, of recipes that were not proposed before
+        self._repetitions = 0  # recipes proposed in a row that were proposed before
         self._turns = 0  # trials told so far
         self._again, self._order = again or Again(), order or Order()
         self._proposed = 0  # trials that were proposed: all but repeats of finalists
         self._busy: set[int] = set()  # trials that were given to a worker and have not ended
         self._finale: list[tuple[Entry, int]] = []  # repeats of finalists that are still to be begun: (original, repeat)
         self._in_finale = False
-        self._most_wall, self._repeated = most_wall, Repeated()
         self.on_report: Callable[[Mapping[str, Any]], None] = lambda row: None  # hears each report that is new
         self.holds: Callable[[], str] = lambda: ""  # why no trial can be begun for now: full, crowded
         self._ends: Counter[str] = Counter()  # how the trials that were told ended
-        self.front: dict[int, Vector] = {}  # finished trials within the budget that no other such trial dominates
+        self.front = self._decisions.front
 
     # What Ray's searcher asks.
 
     def next(self) -> Assignment | None:
         """The next trial to run, or None when none is left. A repeated recipe is answered from the first and never runs again."""
+        if self._owed:  # limits were kept to when it was first run
+            return self._assign(self._begun_before(self._owed.pop(0)))
         if self.limit_reached or self.gave_up:
             return None
         if self._requeued:
             return self._assign(self._begun_before(self._requeued.pop(0)))
         if (promoted := self.rungs.promotable()) is not None:
-            self._leave_rung(self.entries[promoted])
+            self._decisions.leave_rung(self.entries[promoted])
             return self._assign(self._begun_before(promoted))
         if self._finale:
             return self._assign(self._born_again(*self._finale.pop(0)))
@@ -84,25 +85,24 @@ class Book:
     @property
     def _may_propose(self) -> bool:
         """Whether a new recipe may be proposed."""
-        return not (self._in_finale or self._exhausted or self._proposed >= self._most)
+        exhausted = self._repetitions >= MOST_DUPLICATES
+        return not (self._in_finale or exhausted or self._proposed >= self._most)
 
     def _propose(self) -> None:
         """Have one more trial wait, if the sampler comes up with a recipe that is new; repeated ones are answered."""
-        for _ in range(MOST_DUPLICATES):
-            if not self._may_propose:
-                return
+        while self._may_propose:
             entry = self._born()
-            first = self._first_of.setdefault(entry.identity, entry.number)
-            if first == entry.number:
+            if (first := self._first(entry)) is entry:
                 self._order.wait(entry.number, entry.recipe)
                 return
-            self._answer(entry, self.entries[first])
-        self._exhausted = True
+            self._answer(entry, first)
 
-    @property
-    def waits(self) -> bool:
-        """Whether a worker for which there is no trial may get one later: one that runs may yet let another go on."""
-        return self.rungs.promotes and bool(self._busy) and not self.limit_reached and not self.gave_up
+    def _first(self, entry: Entry) -> Entry:
+        """Note what was proposed; returns the first trial with its recipe."""
+        first = self._first_of.setdefault(entry.identity, entry.number)
+        self._proposed += 1
+        self._repetitions = 0 if first == entry.number else self._repetitions + 1
+        return self.entries[first]
 
     @property
     def is_busy(self) -> bool:
@@ -115,7 +115,6 @@ class Book:
         recipe, repeat = self._again.seeded(proposal.recipe)
         entry = Entry(number, recipe, digest(recipe), params=proposal.params, closes=proposal.closes, repeat=repeat)
         self._record(entry, proposal.distributions, proposal.system_attrs)
-        self._proposed += 1
         return entry
 
     def _born_again(self, original: Entry, repeat: int) -> Entry:
@@ -163,82 +162,44 @@ class Book:
         entry: Entry = self.entries[row["trial"]]
         if entry.goes_on and row["index"] >= entry.reports:  # else a zombie's, or sent again after a restart
             self._reports.add(dict(row))
-            self._decide(entry, row)
+            self._decisions.take(entry, row)
             self._order.reached(entry.number, entry.cost)
-            if not entry.decided and (self.limit_reached if entry.repeat_of is None else self._out_of_time()):
+            if not (entry.decided or entry.owed) and (self.limit_reached if entry.repeat_of is None else self._out_of_time()):
                 entry.stopped = "limit"
             self.on_report(row)
         return entry.goes_on
 
-    def _decide(self, entry: Entry, row: Mapping[str, Any]) -> None:
-        """Decide on a report. A pure function of the reports so far: a resumed driver repeats it from the stream."""
-        entry.reports = row["index"] + 1
-        if row["attempt"] not in entry.attempts:
-            entry.attempts.append(row["attempt"])
-            entry.spent, entry.spent_now = entry.spent + entry.spent_now, 0.0
-            entry.wall, entry.wall_now = entry.wall + entry.wall_now, 0.0
-        entry.stuck = entry.silences = 0
-        if row["ended"] not in ("", "finished"):
-            entry.ended, entry.last = row["ended"], {**entry.last, "extra": row["extra"]}
-            if entry.ended == "error":
-                self._repeated.failed(entry.extra.get("reason", ""), row["index"])
-            return
-        self._repeated.went_on(row["index"])
-        self._cost += float(row["cost"]) - entry.cost
-        entry.last, entry.spent_now, entry.wall_now = dict(row), row["spent"], float(row.get("wall_s") or 0.0)
-        if row["final"]:
-            entry.ended = "finished"
-            vector = self._goals.reached(entry)
-            if entry.repeat_of is not None:
-                return
-            self.rungs.finished(entry.number, entry.rung, self._goals.ranked(entry))
-            if self._goals.met(entry):
-                self._enter_front(entry.number, vector)
-            return
-        if row["score"] is not None and math.isfinite(row["score"]):
-            entry.best = max(row["score"], entry.best if entry.best is not None else row["score"])
-            entry.costs = entry.extra.get("costs", entry.costs)
-        if row["rung"] > entry.rung:
-            entry.rung = row["rung"]
-            self._compare(entry)
-        if self._most_wall is not None and not entry.decided and entry.wall + entry.wall_now >= self._most_wall:
-            entry.fail("timeout", f"it ran for {entry.wall + entry.wall_now:.0f} s, and limits.trial_wall is {self._most_wall:g}")
+    def time_left(self, number: int) -> float:
+        """Seconds that a trial may yet run, from its last word on."""
+        return self._decisions.time_left(self.entries[number])
 
-    def _compare(self, entry: Entry) -> None:
-        """Let a trial compete at the rung that it came to: it goes on, waits there or is stopped."""
-        if entry.repeat_of is not None:
-            return
-        vector = None if entry.best is None else self._goals.ranked(entry)
-        if entry.closes:
-            if vector is not None:
-                self.rungs.note(entry.number, entry.rung, vector)
-        elif vector is None or not self.rungs.goes_on(entry.number, entry.rung, vector):
-            if self.rungs.promotes and vector is not None:
-                entry.paused = entry.rung
-            else:
-                entry.stopped = "rung"
-
-    def _enter_front(self, number: int, vector: Vector) -> None:
-        if not any(dominates(other, vector) for other in self.front.values()):
-            self.front = {n: other for n, other in self.front.items() if not dominates(vector, other)}
-            self.front[number] = vector
+    def overdue(self, number: int, silent: float) -> bool:
+        """End a trial whose worker has said nothing for `silent` seconds, if its time or that of the search is up; say whether it is."""
+        entry = self.entries[number]
+        if not entry.goes_on or entry.owed:
+            return False
+        if self._out_of_time():
+            entry.stopped = "limit"
+        self._decisions.time_out(entry, silent)
+        return entry.decided
 
     def finish(self, number: int, *, lost: str = "") -> None:
         """Tell how a trial ended; `lost` says why its worker is gone without a word. Telling twice is telling once."""
         entry = self.entries[number]
         if entry.told:
             return
+        self._busy.discard(number)
+        self._order.ended(number)
         if lost and not entry.decided:
             entry.fail("lost", lost)
         if not entry.decided:
-            if entry.paused >= 0:
-                self._busy.discard(number)
-                self._order.ended(number)
             return  # it waits at a rung, or was interrupted: it stays RUNNING in the journal and is gone on with
-        self._leave_rung(entry, goes_on=False)
-        self._reports.flush()
+        self._decisions.leave_rung(entry, goes_on=False)
         ended, state, values, constraints = verdict(entry, len(self.rungs.costs), self._goals)
         entry.reason = entry.stopped or entry.extra.get("reason", "")
+        if entry.owed and ended != "finished":
+            return  # it had finished: what is left of it is kept, and the next driver tries again
+        self._reports.flush(sync=True)  # what is told is never ahead of what was reported, even if the machine dies
         attrs = {
             "ended": ended,
             "reason": entry.reason,
@@ -249,15 +210,12 @@ class Book:
             "deaths": entry.deaths,
             "turn": self._turn(),
         }
-        if entry.repeat_of is None:
-            self._truth.tell(number, state, values, constraints, attrs)
+        if entry.repeat_of is not None:
+            constraints = {**constraints, "repeat": 1.0}  # it is not to appear in a front
+        if self._truth.tell(number, state, values, constraints, attrs) and entry.repeat_of is None:
             self._proposer.tell(number, state, values, constraints, rung=entry.rung)
-        else:
-            self._truth.tell(number, state, values, {**constraints, "repeat": 1.0}, attrs)  # it is not to appear in a front
-        entry.ended, entry.told = ended, True
+        entry.ended, entry.told, entry.owed = ended, True, False
         self._ends[ended] += 1
-        self._busy.discard(number)
-        self._order.ended(number)
         for duplicate in entry.duplicates:
             self._tell_duplicate(self.entries[duplicate], entry)
 
@@ -282,12 +240,15 @@ class Book:
         if entry.goes_on and entry.stuck < MOST_DEATHS:
             self._busy.discard(number)
             self._order.ended(number)
-            self._requeued.append(number)
+            self._queue(number)
         elif entry.goes_on:
             causes = ", ".join(entry.deaths[-entry.stuck :])
             self.finish(number, lost=f"its workers died {entry.stuck} times without a report in between: {causes}")
         else:
             self.finish(number)
+
+    def _queue(self, number: int) -> None:
+        (self._owed if self.entries[number].owed else self._requeued).append(number)
 
     def _turn(self) -> int:
         """The order in which trials are told: a sampler that learns is taught in it again."""
@@ -324,39 +285,45 @@ class Book:
     @property
     def limit_reached(self) -> bool:
         """Whether cost or time is used up; running trials are stopped at their next report."""
-        return (self._most_cost is not None and self._cost >= self._most_cost and not self._in_finale) or self._out_of_time()
+        return (self._most_cost is not None and self._decisions.cost >= self._most_cost and not self._in_finale) or self._out_of_time()
 
     @property
     def gave_up(self) -> str:
         """Why no more trials are begun though limits allow it: the same error again and again. Empty if all is well."""
-        return self._repeated.verdict
+        return self._decisions.repeated.verdict
 
     # After a driver's death.
 
     def reconcile(self, rows: list[dict[str, Any]]) -> dict[str, int]:
         """Rebuild everything from the journal and the report stream: finished stays, decided is told, running is queued again.
 
-        Returns how many trials were found of each kind.
+        So is what was told as finished and has lost its last report, to a machine that died or a damaged file: it comes to the same bits.
+        Rows are of trials that the journal has. Returns how many trials were found of each kind.
         """
         trials = self._truth.trials()
+        ends = {trial.number: trial.user_attrs["end"] for trial in trials if trial.state.is_finished()}
+        finished = {row["trial"] for row in rows if row["ended"] == "finished"}
         self.entries = [Entry.of(trial) for trial in trials]
         for entry in self.entries:
+            if entry.number in ends:
+                entry.owed = ends[entry.number]["ended"] == "finished" and entry.number not in finished
+                entry.told = not entry.owed
             if entry.repeat_of is None:
-                self._first_of.setdefault(entry.identity, entry.number)
-                self._proposed += 1
+                self._first(entry)
         self._again.restore(self.entries)
         for row in rows:
-            entry = self.entries[row["trial"]]
-            if not entry.decided and row["index"] == entry.reports:  # what lies after a lost report is sent again
-                self._leave_rung(entry)  # a trial that waited and reports was promoted
-                self._decide(entry, row)
-        for entry, trial in zip(self.entries, trials, strict=True):
-            if trial.state.is_finished():
-                end = trial.user_attrs["end"]
-                entry.ended, entry.reason, entry.told = end["ended"], end["reason"], True
+            entry, index = self.entries[row["trial"]], row["index"]
+            # Of a trial that was told nothing is sent again, and what is left counts; else all that lies after a lost report comes again.
+            if index >= entry.reports if entry.told else index == entry.reports and not entry.decided:
+                self._decisions.went_on(entry)
+                self._decisions.take(entry, row)
+        for number, end in ends.items():
+            self._turns = max(self._turns, end.get("turn", 0))
+            if (entry := self.entries[number]).told:
+                self._decisions.leave_rung(entry, goes_on=False)
+                entry.ended, entry.reason = end["ended"], end["reason"]
                 self._ends[entry.ended] += 1
-                self._turns = max(self._turns, end.get("turn", 0))
-        self._repeated.forgive()  # a resumed search tries again
+        self._decisions.repeated.forgive()  # a resumed search tries again
         self._proposer.restore([trial for trial, entry in zip(trials, self.entries, strict=True) if entry.repeat_of is None])
         counts = {"ended": sum(entry.told for entry in self.entries), "told now": 0, "queued again": 0}
         for entry in self.entries:
@@ -369,21 +336,17 @@ class Book:
                 self.finish(entry.number)
                 counts["told now"] += 1
             elif entry.goes_on:
-                self._requeued.append(entry.number)
+                self._queue(entry.number)
                 counts["queued again"] += 1
         return counts
-
-    def _leave_rung(self, entry: Entry, *, goes_on: bool = True) -> None:
-        if entry.paused >= 0:
-            self.rungs.leaves(entry.number, entry.paused, goes_on=goes_on)
-            entry.paused = -1
 
     @property
     def has_work(self) -> bool:
         """Whether a trial is left to run."""
-        more = bool(self._finale) if self._in_finale else self._proposed < self._most
-        waiting = self._requeued or self._order.waiting
-        return not self.limit_reached and (bool(waiting) or more or any(entry.waits for entry in self.entries))
+        if self._owed:
+            return True
+        waiting = self._requeued or self._finale or self._order.waiting
+        return not self.limit_reached and (bool(waiting) or self._may_propose or any(entry.waits for entry in self.entries))
 
     def open_finale(self) -> int:
         """Go over to the repeats of finalists once all that was proposed has ended; returns how many there are to be run.
@@ -394,7 +357,7 @@ class Book:
             return 0
         self._in_finale = True
         self._finale = self._again.wanted(self.entries, self.front)
-        return len(self._finale) + len(self._requeued)
+        return len(self._finale) + len(self._requeued) + len(self._owed)
 
     def violated(self, entry: Entry) -> list[str]:
         """The constraints that a finished trial does not keep to, for which it is not on the front."""
@@ -420,15 +383,15 @@ class Book:
                     self.entries[number].stopped = "limit"
             self._requeued = [number for number in self._requeued if not self.entries[number].stopped]
         waiting = self._busy or self._requeued or self._order.waiting
-        over = not waiting and (self._exhausted or self._proposed >= self._most)
-        over = over and self.rungs.promotable() is None
+        over = not waiting and not self._may_propose and self.rungs.promotable() is None
         for entry in self.entries if over or self.limit_reached else ():
             if entry.waits:
                 entry.stopped = "rung" if over else "limit"
         for entry in self.entries:
             if entry.decided and not entry.told and not entry.ended == "duplicate":
                 self.finish(entry.number)
-        self._reports.flush()
+        self._reports.flush(sync=True)
+        self._truth.sync()
 
     def summary(self) -> dict[str, Any]:
         """Counts and the best so far, for the progress display."""
@@ -440,5 +403,5 @@ class Book:
             "ends": ends,
             "best": best,
             "front": len(self.front),
-            "cost": self._cost,
+            "cost": self._decisions.cost,
         }

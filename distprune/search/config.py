@@ -1,7 +1,7 @@
 """One search as frozen plain data, read from YAML."""
 
 import dataclasses
-import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,22 +11,26 @@ from typing import Any, Literal
 from distprune.core import registry
 from distprune.core.config import read_fields, read_yaml
 from distprune.core.costs import label
-from distprune.core.lengths import check_length
+from distprune.core.lengths import Length, check_length
 from distprune.core.recipe import Recipe
 from distprune.core.registry import Choice
 from distprune.errors import UserError
 from distprune.search import tables
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+MOST_WORKERS = 10_000  # trials at once
+_MOST_SEED = 2**32 - 1  # that samplers take
+_MOST_SEEDS = 100  # of a finalist
+_SEARCHED = ("paradigm", "sparsity", "criterion", "allocator", "granularity", "regularizer", "seed")  # recipe keys that a space may set
 
 
 def read_size(value: Any, where: str) -> Any:
     """Bytes from a text such as '20GB'; anything else is left to the reader of the field."""
     if not isinstance(value, str):
         return value
-    found = re.fullmatch(r"([\d.]+(?:e\d+)?)\s*([KMGT]?B?)", value.strip(), re.IGNORECASE)
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]*)?(?:e[0-9]{1,2})?)\s*([KMGT]?B?)", value.strip(), re.IGNORECASE)
     unit = found and found[2].upper()
-    if not found or unit not in _UNITS or found[1].count(".") > 1:
+    if not found or unit not in _UNITS:
         raise UserError(f"{where} must be a size in bytes, got {value!r}. Write 20GB or 500MB.")
     return round(float(found[1]) * _UNITS[unit])
 
@@ -51,7 +55,11 @@ class Limits:
         for name in ("trials", "cost", "wall", "trial_wall", "silence", "disk"):
             number = getattr(limits, name)
             if number is not None and number <= 0:
-                raise UserError(f"{where}.{name} must be above 0, got {number}. Leave it out for no limit.")
+                raise UserError(
+                    f"{where}.{name} must be above 0, got {number}. Leave it out for {'30' if name == 'trials' else 'no limit'}."
+                )
+        if limits.free < 0:
+            raise UserError(f"{where}.free must be at least 0, got {limits.free}. Write 1GB, or 0 to fill the disk.")
         return limits
 
 
@@ -66,11 +74,19 @@ class Workers:
     @classmethod
     def read(cls, value: Any, where: str) -> "Workers":
         workers = cls(**read_fields(cls, value, where))
-        if workers.cpus < 1 or (workers.most is not None and workers.most < 1):
-            raise UserError(f"{where}.cpus and {where}.most must be at least 1, got {workers.cpus} and {workers.most}.")
+        if workers.cpus < 1:
+            raise UserError(f"{where}.cpus must be at least 1, got {workers.cpus}. Leave it out for 1.")
+        if workers.most is not None:
+            check_workers(workers.most, f"{where}.most")
         if workers.gpus < 0 or (workers.gpus > 1 and workers.gpus != int(workers.gpus)):
             raise UserError(f"{where}.gpus must be a whole number or a share below 1, got {workers.gpus}. Write 1 or 0.25.")
         return workers
+
+
+def check_workers(number: int, where: str) -> None:
+    """Raise UserError for a number of trials at once that makes no sense."""
+    if not 1 <= number <= MOST_WORKERS:
+        raise UserError(f"{where} must be in [1, {MOST_WORKERS}], got {number}. Leave it out for as many as fit.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,6 +172,8 @@ class Finalists:
                 f"{where}.count must be at least 1 and {where}.seeds at least 2, got {finalists.count} and {finalists.seeds}: "
                 "one seed has no spread. Leave finalists out for none."
             )
+        if finalists.seeds > _MOST_SEEDS:
+            raise UserError(f"{where}.seeds must be at most {_MOST_SEEDS}, got {finalists.seeds}. Each is a training; write seeds: 3.")
         return finalists
 
 
@@ -177,8 +195,8 @@ class Search:
     floor: float | None = None  # the least objective on validation of a network that counts
     limits: Limits = field(default_factory=Limits)
     workers: Workers = field(default_factory=Workers)
-    report_every: str = "1ep"
-    recovery: str | None = None  # training of the copy that is scored at a rung; by default 40it, but at most 10% of the training
+    report_every: Length = "1ep"  # in epochs or steps
+    recovery: Length | None = None  # training of the copy that is scored at a rung; by default 40it, but at most 10% of the training
     seed: int = 0  # of every trial, so that equal prefixes of trials are equal work
     cache: Caching | None = field(default_factory=Caching)  # what trials share of that work
     storage: str = "runs"  # folder of run folders
@@ -192,12 +210,17 @@ class Search:
             if key in plain:
                 several[key] = read(plain.pop(key), f"{where}.{key}")
         search = cls(**read_fields(cls, plain, where), **several)
-        if not search.name or Path(search.name).name != search.name or search.name.startswith("."):
+        if not search.name or Path(search.name).name != search.name or search.name.startswith(".") or not search.name.isprintable():
             raise UserError(f"{where}.name must be the name of a new folder, got {search.name!r}. Write name: digits.")
         _check_sampler(search, where)
-        if search.floor is not None and not math.isfinite(search.floor):
-            raise UserError(f"{where}.floor must be a number, got {search.floor}. Write floor: 0.85, or leave it out.")
-        check_length(search.report_every, f"{where}.report_every", relative=False)
+        if "://" in search.storage:
+            raise UserError(
+                f"{where}.storage must be a folder, got {search.storage!r}: run folders are written in place, which object stores do not "
+                "allow. Write a mount that all nodes see; only cache.path may be a URL."
+            )
+        if not 0 <= search.seed <= _MOST_SEED:
+            raise UserError(f"{where}.seed must be in [0, {_MOST_SEED}], got {search.seed}. Leave it out for 0.")
+        check_length(search.report_every, f"{where}.report_every", relative=False, zero=False)
         if search.recovery is not None:
             check_length(search.recovery, f"{where}.recovery")
         for key in ("paradigm", "sparsity", "criterion", "allocator", "regularizer"):
@@ -215,8 +238,9 @@ class Search:
         """From a YAML file or a mapping, with `limits` and other keys changed where they are given."""
         value = source.plain() if isinstance(source, Search) else dict(source) if isinstance(source, Mapping) else read_yaml(source)
         value |= {key: item for key, item in changes.items() if item is not None}
-        if limits:
-            value["limits"] = {**(value.get("limits") or {}), **limits}
+        given = value.get("limits") or {}
+        if limits and isinstance(given, Mapping):  # else it is refused below
+            value["limits"] = {**given, **limits}
         return cls.read({key: item for key, item in value.items() if item is not None})
 
     def plain(self) -> dict[str, Any]:
@@ -232,17 +256,24 @@ class Search:
         return plain
 
     @property
+    def shared(self) -> dict[str, Any]:
+        """What the recipes of all trials have alike, whatever the space is."""
+        plain = Recipe.read({**self.recipe, "paradigm": "dense"}).plain()
+        found = {key: value for key, value in plain.items() if key not in _SEARCHED}
+        return {**found, "train": {key: value for key, value in plain["train"].items() if key != "optimizer"}}
+
+    @property
     def folder(self) -> Path:
         """The run folder."""
-        return Path(self.storage) / self.name
+        return Path(os.path.expanduser(self.storage)) / self.name
 
     @property
     def cache_at(self) -> str | None:
         """Folder or URL of the cache. In the storage it has a name that no search can have."""
         if self.cache is None:
             return None
-        path = self.cache.path or str(Path(self.storage) / ".cache")
-        return path if "://" in path else str(Path(path).expanduser().absolute())
+        path = self.cache.path or str(self.folder.parent / ".cache")
+        return path if "://" in path else str(Path(os.path.expanduser(path)).absolute())
 
 
 def _check_sampler(search: Search, where: str) -> None:
@@ -261,3 +292,8 @@ def _check_sampler(search: Search, where: str) -> None:
         )
     if search.learn_from and search.sampler.entry.facts["blind"]:
         raise UserError(f"{where}.learn_from needs a sampler that learns from trials, got '{search.sampler.name}'. Write sampler: tpe.")
+
+
+def differences(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Where what the recipes of an earlier search share (`Search.shared`) is not what those of this one do, a line each."""
+    return [f"recipe.{key} {earlier[key]!r}, and this search has {now[key]!r}" for key in now if earlier[key] != now[key]]

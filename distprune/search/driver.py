@@ -26,7 +26,7 @@ from distprune.search.proposer import Proposer
 from distprune.search.recorded import Recorded
 from distprune.search.retention import Retention
 from distprune.search.rungs import Rungs
-from distprune.search.setup import Setup, check_cache, set_up
+from distprune.search.setup import Setup, check_cache, check_storage, set_up
 from distprune.search.simulate import Simulator
 from distprune.search.trial import Job
 from distprune.store.files import lock, publish, telling
@@ -55,11 +55,12 @@ class Engine(Protocol):
 
 def start(search: Search, *, engine: Engine, listen: Listener) -> RunFolder:
     """Run a new search. Raises UserError before anything is written if it cannot be done."""
+    check_storage(search)
     RunFolder(search.folder).check_new()
     listen("checking", {"search": search})
     setup = set_up(search)
-    engine.open(search)
     check_cache(search)
+    engine.open(search)
     folder = RunFolder(search.folder).create()
     with lock(folder.path):
         rungs = setup.rungs()
@@ -75,6 +76,7 @@ def simulate(search: Search, *, recorded: Recorded, workers: int | None, listen:
     workers = search.workers.most or SIMULATED_WORKERS if workers is None else workers
     if workers < 1:
         raise UserError(f"workers must be at least 1, got {workers}.")
+    check_storage(search)
     RunFolder(search.folder).check_new()
     listen("checking", {"search": search})
     setup = set_up(search)
@@ -102,8 +104,8 @@ def resume(path: str | Path, *, limits: Mapping[str, Any], engine: Engine, liste
         search = Search.load(facts["search"], limits=limits, storage=str(folder.path.parent), name=folder.path.name)
         listen("checking", {"search": search})
         setup = set_up(search, learned=folder.learned)
-        engine.open(search)
         check_cache(search)
+        engine.open(search)
         if limits:
             _write_search(folder, {**facts, "search": search.plain()})
         return _drive(setup, setup.rungs(facts["rungs"]), folder, engine, listen)
@@ -144,11 +146,11 @@ def _drive(
         publish(folder.learned, json.dumps(setup.learned).encode())
     goals = Goals.of(search)
     truth = Truth.open(folder.journal, search.name, goals.directions)
-    rows, damage = recover(folder.reports)
+    rows, damage = recover(folder.reports, born=len(truth))
     if damage:
         listen("damaged", {"message": damage})
     started = clock()
-    with telling(functools.partial(tell_waiting, listen)), ReportWriter(folder.reports) as reports:
+    with telling(functools.partial(tell_waiting, listen)), telling(folder.say_full), ReportWriter(folder.reports) as reports:
         book = Book(
             goals=goals,
             proposer=_proposer(setup, goals),
@@ -164,15 +166,14 @@ def _drive(
         )
         found = book.reconcile(rows)
         retention = Retention(folder, book, limit=None if finale else search.limits.disk, listen=listen)  # simulated trials write nothing
-        disk = Disk(folder.path, search.limits.free, retention, listen)
+        disk = Disk(folder, search.limits.free, retention, listen)
         book.on_report, book.holds = retention.heard, disk.holds
         retention.sweep()
         write_table(folder, book)
         try:
 
             def job(assignment: Assignment) -> Job:
-                told = job_of(search, folder, rungs.costs, assignment)
-                return replace(told, cache_limit=retention.left_of(told.cache_limit))
+                return replace(job_of(search, folder, rungs.costs, assignment), cache_room=retention.room)
 
             def draw() -> None:
                 listen("progress", book.summary())
@@ -262,4 +263,5 @@ def job_of(search: Search, folder: RunFolder, rungs: list[int], assignment: Assi
         costs=[cost.plain() for cost in Goals.of(search).costs],
         cache=search.cache_at,
         cache_limit=search.cache.size if search.cache else None,
+        silence=search.limits.silence,
     )

@@ -35,6 +35,7 @@ class Entry:
     stuck: int = 0  # deaths since the last report that was new, preemption aside
     silences: int = 0  # times since then that a worker was given up for its silence
     told: bool = False
+    owed: bool = False  # it was told as finished and its last report was lost: it is run again for that, and nothing is decided on it
     params: Mapping[str, Any] = field(default_factory=dict)
     duplicates: list[int] = field(default_factory=list)  # trials that wait for this one's result
     closes: bool = False  # what a policy came to in the end: it is not stopped at a rung

@@ -59,10 +59,12 @@ class Silence:
 
     def too_long(self) -> list[Hashable]:
         """Those that have been silent for longer than the limit."""
-        if self._limit is None:
-            return []
+        return [worker for worker, seconds in self.lengths() if self._limit is not None and seconds > self._limit]
+
+    def lengths(self) -> list[tuple[Hashable, float]]:
+        """All of them, with how long each has been silent."""
         now = self._clock()
-        return [worker for worker, since in self._since.items() if now - since > self._limit]
+        return [(worker, now - since) for worker, since in self._since.items()]
 
 
 _CAUSES = {"low on memory": "memory of the node", "node has died": "node died", "worker process has died": "worker process died"}

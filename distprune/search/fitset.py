@@ -8,6 +8,8 @@ import numpy as np
 from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial, TrialState
 
+from distprune.store.study import step_of
+
 FIT_SET = 200  # see benchmarks/suggestions.py for what a suggestion costs, and what a bound does
 
 
@@ -42,7 +44,7 @@ def scores(trial: FrozenTrial) -> dict[int, float]:
     """Rung -> value of a trial that was stopped with one objective, where a sampler looks for it."""
     if trial.state != TrialState.PRUNED or trial.intermediate_values or not trial.values:
         return trial.intermediate_values
-    return {max(trial.user_attrs.get("end", {}).get("rung", 0), 0): trial.values[0]}
+    return {step_of(trial.user_attrs.get("end", {}).get("rung", -1)): trial.values[0]}
 
 
 class FitSet:

@@ -22,6 +22,7 @@ from distprune.search.episodes import Budgets
 from distprune.search.fitset import FIT_SET, FitSet, Kept
 from distprune.search.goals import logarithm
 from distprune.search.space import Recorder, Space
+from distprune.store.study import step_of
 
 MOST_AHEAD = 4  # proposals that are prepared
 _DRAWN = ":relative_params:"  # in what samplers note for other processes while they draw: emptied, as a trial may not have all of it
@@ -163,7 +164,7 @@ class Proposer:
     # Telling.
 
     def tell(
-        self, number: int, state: TrialState, values: Sequence[float] | None, constraints: Mapping[str, float], *, rung: int | None = None
+        self, number: int, state: TrialState, values: Sequence[float] | None, constraints: Mapping[str, float], *, rung: int = -1
     ) -> None:
         """Let the sampler know how a trial ended; the values of a PRUNED one are those at its `rung`."""
         self._told += 1
@@ -172,7 +173,7 @@ class Proposer:
         for key, value in self._constraints(constraints).items():
             self._storage.set_trial_system_attr(trial_id, f"constraints:{key}", float(value))
         if state == TrialState.PRUNED and values:
-            self._storage.set_trial_intermediate_value(trial_id, max(rung or 0, 0), float(values[0]))
+            self._storage.set_trial_intermediate_value(trial_id, step_of(rung), float(values[0]))
         self._storage.set_trial_state_values(trial_id, state, self._seen(values))
         trial = self._storage.get_trial(trial_id)
         if self._learner is not None:

@@ -18,7 +18,7 @@ from distprune.core.config import read_yaml
 from distprune.core.recipe import Recipe
 from distprune.core.registry import Choice
 from distprune.errors import UserError
-from distprune.search.config import Search
+from distprune.search.config import Search, differences
 from distprune.search.setup import Setup
 from distprune.search.trial import Job
 from distprune.store.folder import RunFolder
@@ -27,7 +27,6 @@ from distprune.store.trials import read_trials
 
 FEWEST = 8  # finished trials of a run that can be simulated from
 NEAR = 2.0  # a score stands for one at up to twice or half its cost
-_SEARCHED = ("paradigm", "sparsity", "criterion", "allocator", "granularity", "regularizer", "seed")  # recipe keys that a space may set
 
 Value = float | str
 
@@ -66,7 +65,7 @@ class Recorded:
         folder = RunFolder.existing(path)
         folder.check_real("simulated from")
         self.path = folder.path
-        self._base = _base(Search.read(read_yaml(folder.search_yaml).get("search")))
+        self._shared = Search.read(read_yaml(folder.search_yaml).get("search")).shared
         rows = read_trials(folder.trials).to_pylist() if folder.trials.exists() else []
         reports: dict[int, list[dict[str, Any]]] = {}
         for report in read(folder.reports).to_pylist():
@@ -105,12 +104,8 @@ class Recorded:
 
     def check(self, setup: Setup) -> None:
         """Raise UserError for a search whose trials cannot be looked up here."""
-        base = _base(setup.search)
-        for key in base:
-            if base[key] != self._base[key]:
-                raise UserError(
-                    f"{self.path} was recorded with recipe.{key} {self._base[key]!r}, and this search has {base[key]!r}. Write it alike."
-                )
+        for line in differences(self._shared, setup.search.shared):
+            raise UserError(f"{self.path} was recorded with {line}. Write it alike.")
         missing = [c.name for c in setup.space.axes["paradigm"] if c.name not in self._of]
         if missing:
             raise UserError(
@@ -215,10 +210,3 @@ def _whole(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         changed = {name: None if row[name] is None else row[name] + past for name, past in before.items()}
         summed.append({**row, **changed, "spent": changed["spent"] or 0.0})
     return summed
-
-
-def _base(search: Search) -> dict[str, Any]:
-    """What a search's recipes share."""
-    plain = Recipe.read({**search.recipe, "paradigm": "dense"}).plain()
-    shared = {key: value for key, value in plain.items() if key not in _SEARCHED}
-    return {**shared, "train": {key: value for key, value in shared["train"].items() if key != "optimizer"}}

@@ -1,10 +1,12 @@
 """A trial run once more from nothing, and compared with what was recorded of it, bit by bit."""
 
 import dataclasses
+import itertools
 import json
 import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from distprune.errors import UserError
 from distprune.search.config import Search
 from distprune.search.driver import job_of, read_facts
 from distprune.search.entry import Assignment
-from distprune.search.trial import checkpoints, run_trial
+from distprune.search.trial import Job, Memory, checkpoints, run_trial
 from distprune.store.folder import RunFolder
 from distprune.store.reports import read
 from distprune.store.trials import read_trials
@@ -90,11 +92,9 @@ def replay(
         ready = prepare(recipe, device=job.device)  # what cannot be done here is said before anything is compared
         found: list[Row] = []
         try:
-            for row in run_trial(job):
+            for row in _run(job, recorded):
                 found.append(row)
                 listen("replayed", {"row": row, "share": len(found) / len(recorded)})
-                if len(found) >= len(recorded):
-                    break
         finally:
             torch.set_num_threads(threads)
             os.chdir(here)
@@ -103,6 +103,27 @@ def replay(
     if recorded_device != job.device:
         surroundings["device"] = (recorded_device, job.device)
     return Replay(trial, len(recorded), tuple(_differences(recorded, found)), masks, surroundings)
+
+
+def _run(job: Job, recorded: Sequence[Row]) -> Iterator[Row]:
+    """The reports of a trial that is run again; where it ran out of memory it goes on from its checkpoint, as then in parts of batches."""
+    index = 0
+    for memory, rows in itertools.groupby(recorded, key=_memory):
+        end = index + len(list(rows))
+        with closing(run_trial(dataclasses.replace(job, known=index, memory=memory))) as work:
+            for row in work:
+                if row["index"] == index:
+                    index += 1
+                    yield row
+                if row["final"] or index == end:
+                    break
+        if index < end:
+            return  # it ended before
+
+
+def _memory(row: Row) -> dict[str, Any]:
+    extra = json.loads(row.get("extra") or "{}")
+    return {field.name: extra[field.name] for field in dataclasses.fields(Memory) if field.name in extra}
 
 
 def _recorded(folder: RunFolder, trial: int) -> list[Row]:

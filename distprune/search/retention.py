@@ -1,8 +1,9 @@
 """What is kept on disk while a search runs: checkpoints of running trials and of those on the front.
 
-Under a limit, what is needed least goes first: superseded checkpoints of running trials, then the weights of the trials that add least to
-the hypervolume of the front, whose masks are written before. The newest checkpoint of a running trial stays. Between two reports the
-workers may be above the limit by what each writes in that time.
+Under a limit, what is needed least goes first: superseded checkpoints of unfinished trials, then all of those that wait at rungs, the most
+dominated first, who begin again should they go on; then the weights of the trials that add least to the hypervolume of the front, whose
+masks are written before. The newest checkpoint of a running trial stays. Between two reports the workers may be above the limit by what
+each writes in that time.
 """
 
 import json
@@ -28,7 +29,7 @@ def _quiet(event: str, facts: dict[str, Any]) -> None:
 class Retention:
     """Deletes checkpoints that nobody needs, and under a `limit` (bytes) those that are needed least.
 
-    Sizes are known from what workers say of what they have written; the disk itself is looked at by a sweep of everything.
+    Sizes are known from what workers say of what they have written; the disk itself is looked at by a sweep.
     """
 
     def __init__(
@@ -45,21 +46,20 @@ class Retention:
 
     @property
     def crowded(self) -> bool:
-        """Whether unfinished trials need more than the limit, so that others have to wait: for those that run, so there must be one."""
+        """Whether running trials need more than the limit, so that others have to wait: for those that run, so there must be one."""
         return self._limit is not None and self.total > self._limit and self._book.is_busy
 
-    def left_of(self, cache: int | None) -> int | None:
-        """What the stage cache may hold (bytes): what checkpoints leave of the limit, at most its own size."""
-        if self._limit is None or cache is None:
-            return cache
-        return max(min(cache, self._limit - self.total), 0)
+    @property
+    def room(self) -> int | None:
+        """What checkpoints leave of the limit (bytes): a stage cache that is as large gets nothing more from this search."""
+        return None if self._limit is None else max(self._limit - self.total, 0)
 
     def heard(self, row: Mapping[str, Any]) -> None:
         """Learn from a report what its worker has written, and keep to the limit."""
-        if '"saved"' not in (row["extra"] or ""):
+        if '"checkpoint"' not in (row["extra"] or "") or (size := json.loads(row["extra"]).get("checkpoint")) is None:
             return
         sizes = self._held.setdefault(row["trial"], {})
-        sizes[row["index"], row["attempt"]] = int(json.loads(row["extra"])["saved"])
+        sizes[row["index"], row["attempt"]] = int(size)
         own = sorted(at for at in sizes if at[1] == row["attempt"])
         for at in own[:-KEPT_CHECKPOINTS]:  # its worker has deleted them
             del sizes[at]
@@ -73,18 +73,29 @@ class Retention:
         if ended is None:
             found = [path for path in self._folder.checkpoints.glob("*") if path.name.isdigit()]
             self._held = {int(path.name): _scan(path) for path in found}
+        else:  # what was reported a second time, as by a trial that began again, was not heard
+            self._held[ended] = _scan(self._folder.checkpoints / str(ended))
         for number in sorted(self._held) if ended is None else [ended]:
             if not (number < len(self._book.entries) and self._book.entries[number].told):
                 continue
             if number in self._book.front:
                 self._drop(number) if self._folder.dropped(number).exists() else self._thin(number)
             else:
-                shutil.rmtree(self._folder.checkpoints / str(number), ignore_errors=True)
-                self._held.pop(number, None)
+                self._delete(number)
         self._keep_to_limit()
 
     def _runs(self, number: int) -> bool:
         return number < len(self._book.entries) and not self._book.entries[number].told and number not in self._book.front
+
+    def _delete(self, number: int) -> None:
+        shutil.rmtree(self._folder.checkpoints / str(number), ignore_errors=True)
+        self._held.pop(number, None)
+
+    def _waiting(self) -> list[int]:
+        """Trials that wait at rungs and have checkpoints, the least likely to go on first."""
+        entries = [self._book.entries[number] for number, sizes in self._held.items() if sizes and number < len(self._book.entries)]
+        order = {entry.number: (-self._book.rungs.above(entry.number, entry.paused), entry.paused) for entry in entries if entry.waits}
+        return sorted(order, key=lambda number: (order[number], -number))
 
     def _thin(self, number: int) -> int:
         """Delete all checkpoints of a trial but the newest, and what attempts that have died left unfinished; returns how many."""
@@ -102,6 +113,12 @@ class Retention:
         for number in sorted(self._held):
             if self.total > self._limit and self._runs(number):
                 superseded += self._thin(number)
+        begin_again = []
+        for number in self._waiting():
+            if self.total <= self._limit:
+                break
+            self._delete(number)
+            begin_again.append(number)
         dropped = []
         while self.total > self._limit and (left := [n for n in self._book.front if self._held.get(n) and n not in self._needed]):
             worth = contributions(self._book.front)
@@ -113,8 +130,9 @@ class Retention:
                 continue
             self._drop(number)
             dropped.append(number)
-        if superseded or dropped:
+        if superseded or begin_again or dropped:
             did = [f"{superseded} superseded checkpoints"] if superseded else []
+            did += [f"the checkpoints of waiting trials {', '.join(map(str, begin_again))}"] if begin_again else []
             did += [f"the weights of trials {', '.join(map(str, dropped))}, whose masks are kept"] if dropped else []
             self._listen("disk", {"message": f"To keep to limits.disk, {size_text(self._limit)}, these were deleted: {' and '.join(did)}."})
 

@@ -12,6 +12,7 @@ up to date with one pass over the rung a trial, whatever is asked of it.
 import bisect
 import math
 import statistics
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Literal
 
@@ -69,7 +70,10 @@ def none(least: int, most: int, objectives: int) -> "Rungs":
 
 def _check(reduction: int, first: float) -> None:
     if reduction < 2 or first <= 0:
-        raise UserError(f"scheduler.reduction must be at least 2 and scheduler.first above 0, got {reduction} and {first}.")
+        raise UserError(
+            f"scheduler.reduction must be at least 2 and scheduler.first above 0, got {reduction} and {first}. Leave them out for their "
+            "defaults."
+        )
 
 
 def _check_single(name: str, objectives: int) -> None:
@@ -102,11 +106,7 @@ class Rungs:
         """`front`: share that may go on for being dominated by none. `promotes`: whether trials wait until they are `promotable`."""
         self.costs = list(costs)
         self.reduction, self.front, self.promotes = reduction, front, promotes
-        self._rungs = [_Rung() for _ in costs]
-
-    def at(self, costs: Sequence[int]) -> "Rungs":
-        """The same rule with rungs at other costs, of which nothing was seen."""
-        return Rungs(costs, self.reduction, front=self.front, promotes=self.promotes)
+        self._rungs: defaultdict[int, _Rung] = defaultdict(_Rung)
 
     def goes_on(self, number: int, rung: int, vector: Vector) -> bool:
         """Note the trial's vector at a rung and say whether it goes on. The first trial at a rung always does."""
@@ -129,9 +129,14 @@ class Rungs:
         for above in range(rung + 1, len(self.costs)):
             self.note(number, above, vector)
 
+    def above(self, number: int, rung: int) -> int:
+        """By how many others a trial is dominated at a rung that it came to."""
+        return self._rungs[rung].above(number)
+
     def promotable(self) -> int | None:
         """The best trial that may go on from where it waits, from the highest rung that has one."""
-        for seen in reversed(self._rungs):
+        for rung in sorted(self._rungs, reverse=True):
+            seen = self._rungs[rung]
             if seen.changed:
                 if (best := seen.best(seen.waiting(), self.reduction, self.front)) is not None:
                     return best
@@ -150,10 +155,7 @@ class Median(Rungs):
     def __init__(self, costs: Sequence[int], grace: int) -> None:
         super().__init__(costs, 2)
         self._grace = grace
-        self._scores: list[list[float]] = [[] for _ in costs]  # in order
-
-    def at(self, costs: Sequence[int]) -> "Rungs":
-        return Median(costs, self._grace)
+        self._scores: defaultdict[int, list[float]] = defaultdict(list)  # in order
 
     def goes_on(self, number: int, rung: int, vector: Vector) -> bool:
         """Note the trial's score at a rung and say whether it goes on."""
@@ -212,6 +214,10 @@ class _Rung:
     def place(self, number: int) -> _Places:
         """Where a trial stands."""
         return np.array([self._places[number]])
+
+    def above(self, number: int) -> int:
+        """How many dominate a trial."""
+        return int(self._above[self._places[number]])
 
     def waiting(self) -> _Places:
         """Where those stand that may yet go on."""

@@ -147,7 +147,7 @@ def _text(trial: RayTrial) -> str:
 
 
 class Draw(_Face, tune.Callback):  # type: ignore[misc]
-    """What is looked at a few times a second: the progress display, and whether a worker has been silent for too long."""
+    """What is looked at a few times a second: the progress display, and whether a worker has been silent, or at work, for too long."""
 
     def __init__(self, draw: Callable[[], None], book: Book, numbers: dict[str, int], silence: float | None) -> None:
         self._draw, self._latest = draw, 0.0
@@ -161,13 +161,15 @@ class Draw(_Face, tune.Callback):  # type: ignore[misc]
             if self._book.holds() == "full":
                 self._silence.excuse()  # they wait for space, too
             for trial_id in self._silence.too_long():
-                self._give_up(str(trial_id))
+                self._book.silent(self._numbers[str(trial_id)], self._seconds)
+                self._kill(str(trial_id))
+            for trial_id, seconds in self._silence.lengths():
+                if self._book.overdue(self._numbers[str(trial_id)], seconds):
+                    self._kill(str(trial_id))
 
-    def _give_up(self, trial_id: str) -> None:
-        trial = self._running[trial_id]
-        self._book.silent(self._numbers[trial_id], self._seconds)
+    def _kill(self, trial_id: str) -> None:
         self._silence.gone(trial_id)
-        if (actor := trial.temporary_state.ray_actor) is not None:
+        if (actor := self._running[trial_id].temporary_state.ray_actor) is not None:
             ray.kill(actor)
 
     def on_trial_start(self, iteration: int, trials: list[RayTrial], trial: RayTrial, **info: Any) -> None:

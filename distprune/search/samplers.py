@@ -19,6 +19,7 @@ from distprune.search.tables import sampler
 @sampler("tpe", paper="Watanabe 2023, arXiv:2304.11127")
 def tpe(seed: int, *, startup: int = 10) -> optuna.samplers.BaseSampler:
     """Tree-structured Parzen estimator, modelling the parameters of each branch of the space together; random for `startup` trials."""
+    _check_startup(startup)
     return BranchTPE(seed, startup)
 
 
@@ -51,6 +52,8 @@ def nsga2(seed: int, *, population: int = 20) -> optuna.samplers.BaseSampler:
 def nsga3(seed: int, *, population: int = 20, divisions: int = 12) -> optuna.samplers.BaseSampler:
     """As nsga2, spread by reference points: `divisions` of each axis between the objectives. For three objectives and more."""
     _check_population(population)
+    if not 1 <= divisions <= 30:  # more are more reference points than any population comes near to
+        raise UserError(f"sampler.divisions must be in [1, 30], got {divisions}. Leave it out for 12.")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         return Nsga3(population_size=population, dividing_parameter=divisions, seed=seed)
@@ -59,12 +62,14 @@ def nsga3(seed: int, *, population: int = 20, divisions: int = 12) -> optuna.sam
 @sampler("cmaes", paper="Hansen 2016, arXiv:1604.00772", flat=True, objectives="one")
 def cmaes(seed: int, *, startup: int = 1) -> optuna.samplers.BaseSampler:
     """Covariance matrix adaptation over all numbers of the space; what is chosen from a list is drawn independently."""
+    _check_startup(startup)
     return Cma(n_startup_trials=startup, seed=seed, warn_independent_sampling=False)
 
 
 @sampler("gp", paper="Optuna's GPSampler: expected (hypervolume) improvement", flat=True, same_constraint=True, most_trials=300)
 def gp(seed: int, *, startup: int = 10) -> optuna.samplers.BaseSampler:
     """Gaussian process over the whole space, for few and expensive trials: its cost grows with the cube of their number."""
+    _check_startup(startup)
     return optuna.samplers.GPSampler(seed=seed, n_startup_trials=startup, warn_independent_sampling=False)
 
 
@@ -83,10 +88,15 @@ def constrained_rl(
 
     It learns from every `batch` trials by PPO-Lagrangian; `wall` keeps each proposal within the budget; without `learn` it only explores.
     """
-    if batch < 2 or not spread > 0:
-        raise UserError(f"sampler.batch must be at least 2 and sampler.spread above 0, got {batch} and {spread}. Leave them out.")
+    if batch < 2 or not 0 < spread <= 100:
+        raise UserError(f"sampler.batch must be at least 2 and sampler.spread in (0, 100], got {batch} and {spread}. Leave them out.")
     settings = Settings(batch=batch, spread=spread, multiplier=multiplier, wall=wall, learn=learn)
     return BudgetSampler(seed, sampler.choose(base), settings)
+
+
+def _check_startup(startup: int) -> None:
+    if startup < 1:
+        raise UserError(f"sampler.startup must be at least 1, got {startup}. Leave it out for its default.")
 
 
 def _check_population(population: int) -> None:

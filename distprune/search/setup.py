@@ -2,10 +2,12 @@
 
 import json
 import os
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 import optuna
 import torch
@@ -15,6 +17,7 @@ from distprune.core.allocators.constrained_rl import count
 from distprune.core.costs import is_measured, price, subject_of
 from distprune.core.hooks.functional_prior import check_priors
 from distprune.core.legality import fixed_sparsity
+from distprune.core.lengths import to_steps
 from distprune.core.recipe import Recipe
 from distprune.core.registry import Choice
 from distprune.core.run import Run, check_fits, check_options, prepare
@@ -52,7 +55,9 @@ class Setup:
     def rungs(self, costs: list[int] | None = None) -> Rungs:
         """Fresh rungs, as the scheduler of the search lays them, or at given costs (samples)."""
         rungs: Rungs = self.search.scheduler(self.dense_cost, self.most_cost, 1 + len(self.search.minimize))
-        return rungs if costs is None else rungs.at(costs)
+        if costs is not None:
+            rungs.costs = list(costs)
+        return rungs
 
 
 def set_up(search: Search, *, learned: Path | None = None) -> Setup:
@@ -80,6 +85,7 @@ def set_up(search: Search, *, learned: Path | None = None) -> Setup:
         if fixed_sparsity(granularity) is None:
             dense.state.units(granularity, dense.env.task.example).check(space.highest)
     per_epoch = dense.env.task.steps_per_epoch(dense.recipe.train.batch_size)
+    _check_lengths(search, dense, per_epoch)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     _leave_out(space, dense, per_epoch, priors="regularizer" in search.space)
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
@@ -94,7 +100,7 @@ def set_up(search: Search, *, learned: Path | None = None) -> Setup:
 def _learned(search: Search, space: Space, known: Path | None) -> dict[str, list[dict[str, Any]]]:
     if known is not None and known.exists():
         return dict(json.loads(known.read_bytes()))
-    return collect(search.learn_from, space, search.plain()["minimize"])
+    return collect(search, space)
 
 
 def _leave_out(space: Space, dense: Run, per_epoch: int, *, priors: bool) -> None:
@@ -180,10 +186,50 @@ def _check_goals(search: Search, space: Space, dense: Run) -> None:
         )
 
 
+def _check_lengths(search: Search, dense: Run, per_epoch: int) -> None:
+    """Raise UserError for lengths that come to no step, or to more than the training has."""
+    if to_steps(search.report_every, steps_per_epoch=per_epoch) < 1:
+        raise UserError(f"report_every must be at least one step of {per_epoch} an epoch, got {search.report_every!r}. Write '1it'.")
+    whole = int(dense.recipe.resolved(per_epoch).train.length)
+    if search.recovery is not None and (steps := to_steps(search.recovery, steps_per_epoch=per_epoch, whole=whole)) > whole:
+        raise UserError(f"recovery must be at most a training, {whole} steps, got {search.recovery!r}, {steps} steps. Write '10%'.")
+
+
+def check_storage(search: Search) -> None:
+    """Raise UserError if the run folder cannot be written. Nothing is left behind."""
+    try:
+        _try_out(search.folder)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"storage '{search.storage}' cannot hold the run folder {search.name!r}: {_why(error)}. Write storage: FOLDER, with one that "
+            "you may write to."
+        ) from error
+
+
 def check_cache(search: Search) -> None:
-    """Raise UserError if the cache cannot be used where the search says that it is. In the storage it always can."""
-    if search.cache is not None and search.cache.path is not None and search.cache_at is not None:
+    """Raise UserError if the cache cannot be used where the search says that it is. In a folder, nothing is left behind."""
+    if search.cache_at is None:
+        return
+    url = urlsplit(search.cache_at)
+    if "://" in search.cache_at and (url.scheme, url.netloc) != ("file", ""):
         Cache.open(search.cache_at)
+        return
+    try:
+        _try_out(Path(unquote(url.path)) if "://" in search.cache_at else Path(search.cache_at))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cache.path '{search.cache_at}' cannot be used: {_why(error)}. Give a folder, or write cache: false.") from error
+
+
+def _try_out(folder: Path) -> None:
+    """Make a folder of the same path below the nearest that is there, and remove it. Raises OSError or ValueError where that cannot be."""
+    folder = folder.absolute()
+    there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    with tempfile.TemporaryDirectory(prefix=".try-", dir=there) as aside:
+        (Path(aside) / folder.relative_to(there) / ".try").mkdir(parents=True)
+
+
+def _why(error: Exception) -> str:
+    return (error.strerror if isinstance(error, OSError) and error.strerror else str(error)).lower()
 
 
 def check_machine(search: Search) -> None:

@@ -5,6 +5,7 @@ that it has to score itself; if there is none, it becomes the producer of the ne
 """
 
 import json
+import math
 import time
 from collections.abc import Callable, Generator, Sequence
 from typing import Any
@@ -19,6 +20,7 @@ from distprune.errors import UserError
 from distprune.store.cache import Cache
 from distprune.store.lease import STALE_S, Lease, Watch, is_own
 
+SHARE_OF_SILENCE = 0.25  # that a trial waits at most between two reports, of the time after which its worker is given up
 UNKNOWN_S = 60.0  # that a trial waits for a producer who does not know yet how fast it is
 _POLL_S = 0.2
 _PACES: dict[str, float] = {}  # root key -> seconds a sample in this process, as latest measured
@@ -38,6 +40,7 @@ class Sharing:
         rungs: Sequence[float],
         *,
         least: int | None = None,
+        silence: float | None = None,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
@@ -51,6 +54,8 @@ class Sharing:
         self._waited: set[str] = set()  # keys that were waited for
         self.served = 0  # samples that were billed and not run
         self._begun, self._at = clock(), run.state.ledger.cost  # since when, and since which bill, this process trains
+        self._most_wait = math.inf if silence is None else SHARE_OF_SILENCE * silence
+        self._heard = clock()  # when something was reported
 
     def reports(self, rows: Sequence[dict[str, Any]], limit: Callable[[], float]) -> Generator[Report | dict[str, Any], None, None]:
         """What is left of the run: its reports as they are made, and rows of those that come with a state from the cache.
@@ -63,6 +68,8 @@ class Sharing:
             while True:
                 if look and (taken := self._take(len(rows), limit())) is not None:
                     yield from map(self._row, taken)
+                    if taken:
+                        self._heard = self._clock()
                     steps = walk(run.plan, run.state, run.env, arriving=True)
                 report = next(steps, _END)
                 if report is _END:
@@ -72,6 +79,7 @@ class Sharing:
                     look = self._give(rows, crossed=reached > crossed)
                     crossed = reached
                     yield report
+                    self._heard = self._clock()
                     look |= limit() != due  # it was scored
                 else:
                     look = self._give(rows) or self._remembers
@@ -174,7 +182,7 @@ class Sharing:
         while True:
             try:
                 lease = Lease.take(path)
-            except OSError:  # a full disk, or a folder that nobody may write to
+            except OSError:  # a full disk, a folder that nobody may write to, a file system without links
                 return False
             if lease is not None:
                 self._lease = (key, lease)
@@ -185,11 +193,10 @@ class Sharing:
                 return True
             if lease is not None:
                 return False
-            content = watch.look()
-            if content is not None and (is_own(content) or self._clock() - began >= self._patience(content, samples)):
+            content, now = watch.look() or {}, self._clock()
+            if is_own(content) or now - began >= self._patience(content, samples) or now - self._heard >= self._most_wait:
                 return False
-            if content is not None:
-                self._sleep(_POLL_S)
+            self._sleep(_POLL_S)
 
     def _next_stop(self, limit: float) -> Position | None:
         ahead = {position.order for position in self._ahead(limit)}

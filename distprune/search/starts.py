@@ -10,7 +10,7 @@ from typing import Any
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
-from distprune.core.options import Choices
+from distprune.core.options import Choices, Option, PerLayer, Range
 from distprune.core.streams import stream_seed
 from distprune.errors import UserError, unknown
 from distprune.search.candidates import Candidate
@@ -46,7 +46,7 @@ class _Setting:
         elif key in self._parameters:
             self._parameter(key, value, where)
         else:
-            raise unknown(f"key in {self._where}:", key, [*ORDER, "sparsity", *self._parameters])
+            raise unknown(f"key in {self._where}:", key, {*ORDER, "sparsity", *self._parameters})
 
     def _axis(self, axis: str, value: Any, where: str) -> None:
         head, options = (dict(value), {}) if isinstance(value, Mapping) else ({"name": value}, {})
@@ -58,27 +58,27 @@ class _Setting:
         for key in options:
             if key not in named[0].choice.entry.options:
                 raise unknown(f"option of {where} {name}:", key, named[0].choice.entry.options)
-        fitting = [candidate for candidate in named if all(self._fits(candidate, key, item) for key, item in options.items())]
+        fitting = [candidate for candidate in named if all(self._fits(candidate, key, item, where) for key, item in options.items())]
         if not fitting:
             fixed = "; ".join(_open(candidate) for candidate in named)
-            raise UserError(f"{where} must be within the space, got {options}. The space has {fixed}.")
+            raise UserError(f"{where} must be within the space, got {dict(value)}. The space has {fixed}.")
         self._allow(axis, {fitting[0].label} if options else {candidate.label for candidate in fitting})
         for key, item in options.items():
             if f"{fitting[0].label}/{key}" in self._parameters:
                 self._parameter(f"{fitting[0].label}/{key}", item, f"{where}.{key}")
 
-    def _fits(self, candidate: Candidate, key: str, value: Any) -> bool:
+    def _fits(self, candidate: Candidate, key: str, value: Any, where: str) -> bool:
         if (distribution := self._parameters.get(f"{candidate.label}/{key}")) is not None:
             return within(value, distribution)
         option = candidate.choice.entry.options[key]
         if (searched := candidate.searched.get(key)) is not None:  # one value is no parameter
             return isinstance(searched, Choices) and (searched.values or option.values) == (value,)
-        return bool(option.check(value, key) == candidate.fixed.get(key, option.default))
+        return bool(option.check(value, f"{where}.{key}") == candidate.fixed.get(key, option.default))
 
     def _read_sparsity(self, value: Any, where: str) -> None:
         low, high = bounds(self._space.sparsities)
         if not isinstance(value, int | float) or isinstance(value, bool) or not low <= value <= high:
-            raise UserError(f"{where} must be within space.sparsity, [{low:g}, {high:g}], got {value!r}.")
+            raise UserError(f"{where} must be within space.sparsity, [{low:g}, {high:g}], got {value!r}. Widen that, or leave it out.")
         if isinstance(listed := self._space.sparsities, Choices) and value not in listed.values:
             raise unknown(f"value of {where}:", value, map(str, listed.values))
         self._sparsity = float(value)
@@ -91,7 +91,9 @@ class _Setting:
             if isinstance(distribution, CategoricalDistribution):
                 raise unknown(f"value of {where}:", value, map(str, distribution.choices))
             assert isinstance(distribution, FloatDistribution | IntDistribution)
-            raise UserError(f"{where} must be in [{distribution.low:g}, {distribution.high:g}], got {value!r}.")
+            raise UserError(
+                f"{where} must be in [{distribution.low:g}, {distribution.high:g}], got {value!r}. Widen the space, or leave it out."
+            )
         self._values[name] = value
         for axis in ORDER:  # the parameter of a candidate comes with it
             if owners := {candidate.label for candidate in self._space.axes[axis] if name.startswith(f"{candidate.label}/")}:
@@ -151,5 +153,10 @@ class _Setting:
 
 def _open(candidate: Candidate) -> str:
     fixed = ", ".join(f"{key} {value!r}" for key, value in candidate.fixed.items())
-    searched = ", ".join(f"{key} in {where}" for key, where in candidate.searched.items())
+    options = candidate.choice.entry.options
+    searched = ", ".join(f"{key} in {_shown(options[key], where)}" for key, where in candidate.searched.items())
     return f"{candidate.label} with {', '.join(filter(None, [fixed, searched])) or 'its defaults'}"
+
+
+def _shown(option: Option, where: Range | Choices | PerLayer) -> str:
+    return f"[{', '.join(map(str, where.values or option.values))}]" if isinstance(where, Choices) else str(where)

@@ -35,7 +35,7 @@ from distprune.core.streams import global_stream
 from distprune.errors import UserError
 from distprune.search.sharing import Sharing
 from distprune.store.cache import Cache
-from distprune.store.files import publish_folder
+from distprune.store.files import publish_folder, telling
 from distprune.store.folder import RunFolder
 
 CHECKPOINT_EVERY_S = 60.0  # besides those at rungs and at the end
@@ -60,6 +60,9 @@ class Job:
     costs: list[Any] = field(default_factory=list)  # that the search asks for, as YAML writes them
     cache: str | None = None  # folder or URL of the stage cache
     cache_limit: int | None = None  # its bytes
+    cache_room: int | None = None  # its bytes above which this trial adds nothing to it
+    silence: float | None = None  # seconds without a report after which the worker is given up
+    memory: dict[str, Any] = field(default_factory=dict)  # where it is to go on as it did once it had run out of memory
 
     def plain(self) -> dict[str, Any]:
         """For JSON."""
@@ -68,7 +71,7 @@ class Job:
 
 def run_trial(job: Job) -> Generator[dict[str, Any], None, None]:
     """Yield a row of `reports.arrows` at each report. Never raises: what goes wrong is the last row, and the worker lives on."""
-    memory, count = Memory(), job.known
+    memory, count = Memory(**job.memory), job.known
     while True:
         base = {"trial": job.number, "attempt": uuid.uuid4().hex[:8]}
         try:
@@ -146,7 +149,7 @@ def _rows(job: Job, base: dict[str, Any], memory: Memory) -> Iterator[dict[str, 
     saved_at, kept_checkpoints = started, list[Path]()
     before = _run_so_far(run)  # in earlier attempts
     sharing = _sharing(job, run, memory)
-    saved = json.loads(outbox[-1]["extra"]).get("saved", 0) if outbox else 0
+    saved_before = json.loads(outbox[-1]["extra"]).get("saved", 0) if outbox else 0
 
     def due() -> float:
         """The bill from which the next report is scored."""
@@ -163,8 +166,8 @@ def _rows(job: Job, base: dict[str, Any], memory: Memory) -> Iterator[dict[str, 
                 row["score"] = row["objective"]
             spent = _run_so_far(run) - before - (sharing.served if sharing else 0)
             row |= {"rung": crossed, "spent": spent, "wall_s": time.monotonic() - started}
-            if sharing and saved + sharing.served:
-                row["extra"] = json.dumps({**json.loads(row["extra"]), "saved": saved + sharing.served})
+            if saved := saved_before + (sharing.served if sharing else 0):
+                row["extra"] = json.dumps({**json.loads(row["extra"]), "saved": saved})
             outbox.append(row)
             # A state from the cache is ahead of the reports that come with it.
             if own and (crossed > rung or row["final"] or time.monotonic() - saved_at > CHECKPOINT_EVERY_S):
@@ -194,7 +197,7 @@ def _sharing(job: Job, run: Run, memory: Memory) -> Sharing | None:
     if job.cache is None or memory.micro_batch is not None:
         return None
     try:
-        return Sharing(Cache.open(job.cache, limit=job.cache_limit), run, job.rungs)
+        return Sharing(Cache.open(job.cache, limit=job.cache_limit, room=job.cache_room), run, job.rungs, silence=job.silence)
     except UserError:
         return None
 
@@ -279,7 +282,8 @@ def grace_cost(plan: Plan) -> int:
 def _save(folder: RunFolder, run: Run, outbox: list[dict[str, Any]], memory: Memory) -> Path:
     """Write a checkpoint with all reports of the trial so far, so that it is never ahead of what can be reported.
 
-    Its size is noted in the latest report, from which the driver knows what lies on the disk. A full disk is waited for.
+    Its size (bytes) is noted in the latest report as `checkpoint`, from which the driver knows what lies on the disk. A full disk is
+    waited for.
     """
     last = outbox[-1]
     target = folder.checkpoint(last["trial"], last["attempt"], last["index"])
@@ -287,8 +291,9 @@ def _save(folder: RunFolder, run: Run, outbox: list[dict[str, Any]], memory: Mem
     def fill(aside: Path) -> None:
         run.state.save(aside / "state.safetensors", key=run.key, outbox=outbox, memory=asdict(memory))
 
-    publish_folder(target, fill)
-    last["extra"] = json.dumps({**json.loads(last["extra"]), "saved": (target / "state.safetensors").stat().st_size})
+    with telling(folder.say_full):
+        publish_folder(target, fill)
+    last["extra"] = json.dumps({**json.loads(last["extra"]), "checkpoint": (target / "state.safetensors").stat().st_size})
     return target
 
 

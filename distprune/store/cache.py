@@ -76,7 +76,9 @@ class Folder:
                 with suppress(FileNotFoundError):
                     facts = entry.stat()
                     if entry.is_file():
-                        found.append((os.path.relpath(entry.path, self._path), facts.st_size, facts.st_mtime))
+                        name = os.path.relpath(entry.path, self._path)
+                        changed = facts.st_mtime if _key_of(name) else facts.st_ctime  # a link has its file's mtime, and is a change of it
+                        found.append((name, facts.st_size, changed))
         return found
 
     @contextmanager
@@ -162,25 +164,28 @@ class Bucket:
 
 
 class Cache:
-    """Files by key. `limit` is in bytes, None for none; `clock` says the seconds that uses are stamped with."""
+    """Files by key. Beyond `limit` (bytes) files go, beyond `room` (bytes) this user adds none; None is without bound.
 
-    def __init__(self, shelf: Shelf, *, limit: int | None = None, clock: Callable[[], float] = time.time) -> None:
-        self._shelf, self._limit, self._clock = shelf, limit, clock
+    `clock` says the seconds that uses are stamped with.
+    """
+
+    def __init__(self, shelf: Shelf, *, limit: int | None = None, room: int | None = None, clock: Callable[[], float] = time.time) -> None:
+        self._shelf, self._limit, self._room, self._clock = shelf, limit, room, clock
 
     @classmethod
-    def open(cls, where: str | Path, *, limit: int | None = None) -> "Cache":
+    def open(cls, where: str | Path, *, limit: int | None = None, room: int | None = None) -> "Cache":
         """The cache in a folder or at a URL such as s3://bucket/path. Raises UserError if it cannot be used."""
         try:
             if "://" not in str(where):
-                return cls(Folder(Path(where)), limit=limit)
+                return cls(Folder(Path(where)), limit=limit, room=room)
             import pyarrow.fs
 
             filesystem, base = pyarrow.fs.FileSystem.from_uri(str(where))
             local = isinstance(filesystem, pyarrow.fs.LocalFileSystem)
-            return cls(Folder(Path(base)) if local else Bucket(filesystem, base), limit=limit)
+            return cls(Folder(Path(base)) if local else Bucket(filesystem, base), limit=limit, room=room)
         except (OSError, ValueError, NotImplementedError) as error:  # pyarrow raises all of them
             raise UserError(
-                f"cache.path '{where}' cannot be used: {' '.join(str(error).split())}. Give a folder, or write false."
+                f"cache.path '{where}' cannot be used: {' '.join(str(error).split())}. Give a folder, or write cache: false."
             ) from error
 
     def lease(self, key: str) -> Path | None:
@@ -193,13 +198,13 @@ class Cache:
         return {name.removesuffix(".json") for name in self._shelf.have(f"{_checked(key)}.json" for key in keys)}
 
     def publish(self, key: str, fill: Callable[[Path], None]) -> bool:
-        """Keep what `fill` writes to the path that it is given; False if it is there already or above the limit."""
+        """Keep what `fill` writes to the path that it is given; False if it is there already, or there is no room for it."""
         if self.have([key]):
             return False
         with self._shelf.aside() as aside:
             fill(aside)
             digest, size = _hash(aside), aside.stat().st_size
-            if self._limit is not None and size > self._limit:
+            if (self._limit is not None and size > self._limit) or (self._room is not None and self._total() + size > self._room):
                 return False
             self._shelf.put(aside, _name(key, digest))
         with self._shelf.aside() as aside:
@@ -214,17 +219,22 @@ class Cache:
         """A path to read the file of a key at, verified; None if it is not there or was damaged."""
         manifest = self._manifest(_checked(key))
         with ExitStack() as stack:
-            path = None
-            if manifest is not None:
-                digest, size = manifest
-                with suppress(OSError):
-                    path = stack.enter_context(self._shelf.held(_name(key, digest)))
-                    path = path if path.stat().st_size == size and _hash(path) == digest else None
-                if path is None:
-                    self.discard(key)
-                else:
-                    self._shelf.touch(f"{key}.json", self._clock())
-            yield path
+            yield None if manifest is None else self._verified(key, *manifest, stack)
+
+    def _verified(self, key: str, digest: str, size: int, stack: ExitStack) -> Path | None:
+        """Where the file of a key can be read until `stack` is closed. What is gone or damaged is discarded, what fails may come back."""
+        try:
+            path = stack.enter_context(self._shelf.held(_name(key, digest)))
+            whole = path.stat().st_size == size and _hash(path) == digest
+        except FileNotFoundError:
+            whole = False
+        except OSError:
+            return None
+        if not whole:
+            self.discard(key)
+            return None
+        self._shelf.touch(f"{key}.json", self._clock())
+        return path
 
     def _manifest(self, key: str) -> tuple[str, int] | None:
         """(SHA-256, bytes) of the file of a key."""
@@ -237,6 +247,10 @@ class Cache:
             self.discard(key)
             return None
 
+    def _total(self) -> int:
+        """Bytes of all that is kept; what is being written or read is not counted."""
+        return sum(size for name, size, _ in self._shelf.list() if _key_of(name))
+
     def discard(self, key: str) -> None:
         """Remove what is there of a key, the manifest first."""
         key = _checked(key)
@@ -248,9 +262,9 @@ class Cache:
         groups: dict[str, list[tuple[str, int, float]]] = {}
         total, now = 0, self._clock()
         for name, size, changed in self._shelf.list():
-            total += size
             key = _key_of(name)
             if key is not None:
+                total += size
                 groups.setdefault(key, []).append((name, size, changed))
             elif now - changed > _FORGOTTEN_S and (name.startswith((".", "leases/"))):
                 self._shelf.remove(name)

@@ -17,7 +17,7 @@ from typing import TypeVar
 from distprune.errors import UserError
 
 T = TypeVar("T")
-Told = Callable[[Path, bool], None]  # (what is written, whether it waits now or goes on)
+Told = Callable[[Path, int], None]  # (what is written, how often that has failed in a row: 0 when it is done at last)
 
 _write = os.write  # tests put a write in its place that is cut short
 _sync = os.fsync
@@ -93,7 +93,7 @@ def is_full(error: BaseException) -> bool:
 
 def patiently(path: str | Path, work: Callable[[], T]) -> T:
     """Do `work`, which leaves nothing behind where it fails, again and again while the disk is full."""
-    waits = False
+    failed = 0
     while True:
         try:
             done = work()
@@ -102,20 +102,19 @@ def patiently(path: str | Path, work: Callable[[], T]) -> T:
                 raise
         else:
             break
-        if not waits:
-            waits = True
-            for told in _told:
-                told(Path(path), True)
-        _sleep(_TRY_AGAIN_S)
-    if waits:
+        failed += 1
         for told in _told:
-            told(Path(path), False)
+            told(Path(path), failed)
+        _sleep(_TRY_AGAIN_S)
+    if failed:
+        for told in _told:
+            told(Path(path), 0)
     return done
 
 
 @contextmanager
 def telling(told: Told) -> Iterator[None]:
-    """Tell when a write of this process waits for space on the disk, and when it goes on."""
+    """Tell each time that a write of this process finds no space on the disk, and when it goes on."""
     _told.append(told)
     try:
         yield
@@ -124,7 +123,7 @@ def telling(told: Told) -> Iterator[None]:
 
 
 def free_bytes(folder: str | Path) -> int:
-    """What this user may still write there."""
+    """What is free there. A user's share of it may be used up before."""
     return shutil.disk_usage(folder).free
 
 

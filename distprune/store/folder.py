@@ -1,5 +1,7 @@
 """Where everything of a run lies."""
 
+import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,6 +83,17 @@ class RunFolder:
     def trials(self) -> Path:
         """A row a trial."""
         return self.path / "trials.parquet"
+
+    @property
+    def full(self) -> Path:
+        """Its time of change is when somebody who had to write found the disk, or the user's share of it, full."""
+        return self.path / ".full"
+
+    def say_full(self, path: Path, failed: int) -> None:
+        """Leave that sign, which needs no space where the file is there; for `files.telling`."""
+        if failed:
+            with suppress(OSError):
+                os.utime(self.full)
 
     @property
     def masks(self) -> Path:

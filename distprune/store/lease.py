@@ -42,18 +42,26 @@ class Lease:
 
     @classmethod
     def take(cls, path: Path, *, beat_every: float | None = BEAT_EVERY_S) -> "Lease | None":
-        """The lease at `path`, or None if somebody has it. It is kept alive by a thread, unless `beat_every` is None."""
+        """The lease at `path`, or None if somebody has it. It is kept alive by a thread, unless `beat_every` is None.
+
+        Raises OSError where there can be none, as on a file system without links.
+        """
         owner = uuid.uuid4().hex
         own = path.with_name(f".{path.name}.{owner}")
         descriptor = os.open(own, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
         lease = cls(path, owner, descriptor)
         try:
             lease._write()
+            refused: OSError | None = None
             try:
                 os.link(own, path)
-            except OSError:
-                pass  # a server may have done it and lost the answer
+            except FileExistsError:
+                pass  # somebody has it, or a server has done it and lost the answer
+            except OSError as error:
+                refused = error  # the same, or there can be no links here
             taken = os.fstat(descriptor).st_nlink == 2
+            if refused and not taken:
+                raise refused
         except BaseException:
             os.close(descriptor)
             raise

@@ -69,6 +69,7 @@ class ReportWriter:
         self._path, self._clock = Path(path), clock
         self._rows: list[dict[str, Any]] = []
         self._flushed = clock()
+        self._synced = True  # whether all that was written would survive the death of the machine
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Append a report; missing columns are empty."""
@@ -76,14 +77,16 @@ class ReportWriter:
         if self._clock() - self._flushed >= _FLUSH_EVERY_S:
             self.flush()
 
-    def flush(self) -> None:
-        """Write what waits, as one batch."""
+    def flush(self, *, sync: bool = False) -> None:
+        """Write what waits, as one batch; with `sync`, have all of the stream survive the death of the machine."""
         self._flushed = self._clock()
+        data = b""
         if self._rows:
             begun = self._path.exists() and self._path.stat().st_size > 0
-            data = _batch(self._rows)
-            files.append(self._path, data if begun else _HEAD + data)
-            self._rows = []
+            data = _batch(self._rows) if begun else _HEAD + _batch(self._rows)
+        if data or (sync and not self._synced):
+            files.append(self._path, data, sync=sync)
+            self._rows, self._synced = [], sync
 
     def __enter__(self) -> "ReportWriter":
         return self
@@ -98,19 +101,24 @@ def read(path: str | Path) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=SCHEMA)
 
 
-def recover(path: str | Path) -> tuple[list[dict[str, Any]], str]:
+def recover(path: str | Path, *, born: int | None = None) -> tuple[list[dict[str, Any]], str]:
     """Make a stream fit for appending; returns its reports and a line that says what was wrong, empty if nothing of value was.
 
-    A torn tail is cut. Where intact rows follow the damage, the file is set aside and a new one is made of all intact rows. Killed
-    anywhere in between, the next call finds the damaged file in its place.
+    A torn tail is cut. Where intact rows follow the damage, the file is set aside and a new one is made of all intact rows. So it is for
+    rows of trials from number `born` on, of which the journal knows nothing: others will have their numbers. Killed anywhere in between,
+    the next call finds the old file in its place.
     """
     path = Path(path)
     rows, end, damaged = _scan(path)
-    if damaged:
+    known = [row for row in rows if born is None or row["trial"] < born]
+    if damaged or len(known) < len(rows):
         aside = path.with_name(f"{path.name}.damaged-{uuid.uuid4().hex[:6]}")
         files.publish(aside, path.read_bytes())
-        files.publish(path, _HEAD + _batch(rows))
-        return rows, f"{path} was damaged in the middle: {len(rows)} intact reports were kept, the old file is {aside.name}."
+        files.publish(path, _HEAD + _batch(known))
+        found = [f"{path} was damaged in the middle: {len(rows)} intact reports were kept"] if damaged else []
+        if lost := len(rows) - len(known):
+            found.append(f"{lost} reports in {path} are of trials that {path.with_name('study.journal')} has lost, and were left out")
+        return known, f"{'; '.join(found)}, the old file is {aside.name}."
     if path.exists() and end < path.stat().st_size:
         files.cut(path, end)
     return rows, ""

@@ -40,13 +40,27 @@ class _Journal(JournalFileBackend):
         if due:
             self._synced = time.monotonic()
 
+    def sync(self) -> None:
+        """Have all records survive the death of the machine."""
+        files.append(self._path, b"", sync=True)
+        self._synced = time.monotonic()
+
+
+def step_of(rung: int) -> int:
+    """Where Optuna keeps the value of a PRUNED trial: at its rung, or at the first if it came to none."""
+    return max(rung, 0)
+
 
 class Truth:
     """What is known of the trials of a study."""
 
-    def __init__(self, storage: JournalStorage, study_id: int) -> None:
-        self._storage, self._study = storage, study_id
+    def __init__(self, journal: _Journal, storage: JournalStorage, study_id: int) -> None:
+        self._journal, self._storage, self._study = journal, storage, study_id
         self._ids = {trial.number: trial._trial_id for trial in storage.get_all_trials(study_id, deepcopy=False)}
+
+    def __len__(self) -> int:
+        """How many trials were born."""
+        return len(self._ids)
 
     @classmethod
     def open(cls, path: str | Path, name: str, directions: Sequence[str]) -> "Truth":
@@ -62,10 +76,11 @@ class Truth:
         for stale in path.parent.glob(f"{path.name}.lock*"):
             stale.unlink()
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        storage = JournalStorage(_Journal(path))
+        journal = _Journal(path)
+        storage = JournalStorage(journal)
         if studies := storage.get_all_studies():
-            return cls(storage, studies[0]._study_id)
-        return cls(storage, storage.create_new_study([StudyDirection[direction.upper()] for direction in directions], name))
+            return cls(journal, storage, studies[0]._study_id)
+        return cls(journal, storage, storage.create_new_study([StudyDirection[direction.upper()] for direction in directions], name))
 
     def born(
         self,
@@ -109,9 +124,13 @@ class Truth:
         for key, value in constraints.items():
             self._storage.set_trial_system_attr(trial_id, f"constraints:{key}", float(value))  # as optuna.Trial.set_constraint stores it
         if state == TrialState.PRUNED and values:
-            self._storage.set_trial_intermediate_value(trial_id, attrs["rung"], values[0])
+            self._storage.set_trial_intermediate_value(trial_id, step_of(attrs["rung"]), values[0])
         self._storage.set_trial_state_values(trial_id, state, values)
         return True
+
+    def sync(self) -> None:
+        """Have all that was told survive the death of the machine."""
+        self._journal.sync()
 
     def parameters(self, number: int) -> tuple[dict[str, Any], dict[str, BaseDistribution]]:
         """What trial `number` was proposed with."""

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 
 from distprune.store import files
 
+FAILED = ("error", "nan", "oom", "timeout", "lost")  # ends of trials that have no result
 _BATCH = 1000
 _TEXT, _NUMBER, _COUNT = pa.string(), pa.float64(), pa.int64()
 SCHEMA = pa.schema(

@@ -1,7 +1,10 @@
 """The commands, and that bad input is one line with exit code 2 that loses nothing."""
 
+import functools
 import gzip
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +13,8 @@ import yaml
 from toys import BASE, REPOSITORY
 
 from distprune.cli import main
+from distprune.core.data import cifar
+from distprune.report.tables import show_result
 
 DIGITS = yaml.safe_load((REPOSITORY / "configs" / "digits.yaml").read_text())
 
@@ -48,6 +53,13 @@ def _search(tmp_path: Path, capsys: pytest.CaptureFixture[str], **changes: Any) 
             "with low < high, or three and more values, got [0.9, 0.1]",
         ),
         ({"workers": {"gpus": 64}}, f"workers.gpus must be at most the {torch.cuda.device_count()} GPUs of this machine, got 64"),
+        ({"limits": 5}, "search.limits must be a mapping of keys, got 5"),
+        ({"seed": -1}, "search.seed must be in [0, 4294967295], got -1"),
+        ({"sampler": {"name": "nsga3", "divisions": 0}}, "sampler.divisions must be in [1, 30], got 0"),
+        (
+            {"scheduler": 3},
+            "search.scheduler must be a name or a mapping with 'name' or 'import', got 3. Known: halving, median, none, par",
+        ),
         ({"workers": {"gpus": 1.5}}, "search.workers.gpus must be a whole number or a share below 1, got 1.5"),
         ({"name": "../x"}, "search.name must be the name of a new folder, got '../x'"),
         (
@@ -57,7 +69,7 @@ def _search(tmp_path: Path, capsys: pytest.CaptureFixture[str], **changes: Any) 
         ({"recipe": {**DIGITS["recipe"], "data": {"name": "mnist", "folder": "/nowhere"}}}, "/nowhere"),
         ({"recipe": {**BASE, "model": {"import": "toys:nothing"}}}, "must have trainable weights in one of"),
         ({"recipe": {**DIGITS["recipe"], "model": "vgg_cifar"}}, "model 'vgg_cifar' cannot be built for inputs (1, 8, 8) and 10 classes"),
-        ({"report_every": 5}, "search.report_every must be text, got 5"),
+        ({"report_every": 5}, "search.report_every must be a length with a unit, got 5"),
     ],
 )
 def test_bad_searches(changes: dict[str, Any], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -86,6 +98,54 @@ def test_an_existing_run_is_not_overwritten(tmp_path: Path, capsys: pytest.Captu
     error = _error(capsys, "search", config)
     assert f"{run} exists already. Go on with it: distprune resume {run}; or choose another name: --name NAME." in error
     assert (run / "search.yaml").read_text() == "mine"
+
+
+@pytest.mark.parametrize("command", ["search", "check"])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"storage": "{}/file"}, "storage '{}/file' cannot hold the run folder 'digits': not a directory. Write storage: FOLDER"),
+        ({"storage": "/proc/x"}, "storage '/proc/x' cannot hold the run folder"),
+        ({"storage": "s3://bucket/runs"}, "search.storage must be a folder, got 's3://bucket/runs'"),
+        ({"name": "x" * 300}, "file name too long"),
+        ({"cache": {"path": "{}/file"}}, "cache.path '{}/file' cannot be used: not a directory. Give a folder, or write cache: false."),
+        ({"cache": {"path": "/proc/x"}}, "cache.path '/proc/x' cannot be used"),
+        ({"cache": {"path": "foo://b/x"}}, "cache.path 'foo://b/x' cannot be used"),
+        ({"report_every": "0.001ep"}, "report_every must be at least one step of 17 an epoch, got '0.001ep'. Write '1it'."),
+        ({"recovery": "800%"}, "recovery must be at most a training, "),
+    ],
+    ids=str,
+)
+def test_places_that_cannot_be_used_are_said_before_ray_starts(
+    command: str, changes: dict[str, Any], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    monkeypatch.setattr("distprune.search.runner.Ray.open", lambda self, search: pytest.fail("Ray is started"))
+    text = yaml.safe_dump({**DIGITS, "storage": str(tmp_path / "runs"), **changes}).replace("{}", str(tmp_path))
+    (tmp_path / "s.yaml").write_text(text)
+    assert message.replace("{}", str(tmp_path)) in _error(capsys, command, str(tmp_path / "s.yaml"))
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "s.yaml"}
+
+
+def test_check_leaves_nothing_behind_and_says_what_stands_in_the_way(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    value = {**DIGITS, "storage": str(tmp_path / "a" / "runs"), "cache": {"path": str(tmp_path / "b" / "cache")}, "workers": {"gpus": 64}}
+    config = _write(tmp_path / "s.yaml", value)
+    assert main(["check", config]) == 0
+    output = capsys.readouterr().out
+    assert "Not on this machine: workers.gpus must be at most" in output and "exists already" not in output
+    assert [path.name for path in tmp_path.iterdir()] == ["s.yaml"]
+    (tmp_path / "a" / "runs" / "digits").mkdir(parents=True)
+    assert main(["check", config]) == 0
+    assert f"{tmp_path / 'a' / 'runs' / 'digits'} exists already: a new search wants another name, --name NAME." in capsys.readouterr().out
+
+
+def test_the_next_limit_does_not_count_repeats_of_finalists(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"repeat_of": None, "ended": "finished"}] * 8 + [{"repeat_of": 3, "ended": "finished"}] * 6
+    rows = [{**dict.fromkeys(("reason", "cost", "spent", "saved", "violated")), **row} for row in rows]
+    folder = SimpleNamespace(path=Path("runs/x"), simulated=lambda: None)
+    found: Any = SimpleNamespace(folder=folder, pareto=lambda: [], trials=SimpleNamespace(to_pylist=lambda: rows, __len__=lambda: 14))
+    show_result(found)
+    assert "resume runs/x --trials 16" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -129,6 +189,8 @@ def test_bad_yaml(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "is not valid YAML" in _error(capsys, "check", str(tmp_path / "a.yaml"))
     (tmp_path / "c.yaml").write_bytes(bytes(range(256)))
     assert "it is not text" in _error(capsys, "check", str(tmp_path / "c.yaml"))
+    (tmp_path / "d.yaml").write_text("name: 2020-99-99\n")
+    assert "is not valid YAML" in _error(capsys, "check", str(tmp_path / "d.yaml"))
     (tmp_path / "b.yaml").write_text("- 1\n")
     assert "must hold a mapping of keys, got list" in _error(capsys, "check", str(tmp_path / "b.yaml"))
 
@@ -156,6 +218,15 @@ def test_list_shows_options_paper_and_file(capsys: pytest.CaptureFixture[str]) -
     assert "batches = 1 (searched in [1, 4])" in output and "arXiv:1810.02340" in output and "distprune/core/criteria/snip.py" in output
 
 
+@pytest.fixture(scope="module")
+def read_once() -> Iterator[None]:
+    """Large files are read once for all configurations that name them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cifar, "read", functools.cache(cifar.read))
+        yield
+
+
+@pytest.mark.usefixtures("read_once")
 @pytest.mark.parametrize("config", sorted((REPOSITORY / "configs").rglob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_configs_are_valid(config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(REPOSITORY)

@@ -82,9 +82,9 @@ def resume(path: Path, *, workers: int = 2, using: Curve = curve, **limits: Any)
     return driver.resume(path, limits=limits, engine=Simulator(using, workers=workers), listen=lambda event, facts: None)
 
 
-def trials(folder: RunFolder) -> list[Any]:
+def trials(folder: RunFolder, *, name: str = "s", objectives: int = 2) -> list[Any]:
     """The journal's trials."""
-    return Truth.open(folder.journal, "s", ("maximize", "minimize")).trials()
+    return Truth.open(folder.journal, name, ("maximize", "minimize", "minimize")[:objectives]).trials()
 
 
 def reports(folder: RunFolder) -> dict[int, list[dict[str, Any]]]:

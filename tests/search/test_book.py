@@ -8,8 +8,12 @@ import pytest
 from searches import curve, outcome, reports, resume, search, start, trials
 
 from distprune.errors import UserError
+from distprune.search import driver
+from distprune.search.book import MOST_DUPLICATES
+from distprune.search.simulate import Simulator
 from distprune.search.trial import Job
 from distprune.store.files import lock
+from distprune.store.folder import RunFolder
 
 pytestmark = pytest.mark.usefixtures("no_finale")
 
@@ -75,6 +79,35 @@ def test_equal_recipes_run_once(tmp_path: Path) -> None:
     assert [end["ended"] for end in ends].count("finished") == 2 and [end["ended"] for end in ends].count("duplicate") == 8
     assert len(reports(folder)) == 2
     assert all(not trial.constraints["duplicate"] <= 0 for trial in trials(folder) if trial.user_attrs["end"]["ended"] == "duplicate")
+
+
+def test_a_space_that_is_exhausted_stays_so(tmp_path: Path) -> None:
+    """However often it is resumed, and killed on the way: as many are answered in a row as without."""
+    space = {"paradigm": ["at_init"], "criterion": ["magnitude", "random"], "allocator": ["erk"], "regularizer": ["none"], "sparsity": 0.9}
+    whole = outcome(start(search(tmp_path / "whole", trials=500, space=space, scheduler="none"), workers=1))
+    assert MOST_DUPLICATES < len(whole) < 2 * MOST_DUPLICATES
+    folder = start(search(tmp_path / "short", trials=len(whole) - 7, space=space, scheduler="none"), workers=1)
+    assert outcome(resume(folder.path, workers=1, trials=500)) == whole
+    assert outcome(resume(folder.path, workers=1)) == outcome(resume(folder.path, workers=1, trials=900)) == whole
+
+
+def test_a_smaller_limit_of_time_leaves_what_was_told_alone(tmp_path: Path) -> None:
+    def timed(job: Job) -> Iterator[dict[str, Any]]:
+        yield from ({**row, "wall_s": 10.0 * (row["index"] + 1)} for row in curve(job))
+
+    fronts: list[dict[int, Any]] = []
+
+    def noting(event: str, facts: dict[str, Any]) -> None:
+        if event == "finishing":
+            fronts.append(facts["front"])
+
+    value = search(tmp_path, scheduler="none")
+    driver.start(value, engine=Simulator(timed, workers=1), listen=noting)
+    before = outcome(RunFolder(value.folder))
+    driver.resume(value.folder, limits={"trial_wall": 15.0}, engine=Simulator(timed, workers=1), listen=noting)
+    assert len(fronts[0]) > 1 and fronts[1] == fronts[0] and outcome(RunFolder(value.folder)) == before
+    longer = outcome(resume(value.folder, workers=1, using=timed, trials=10))
+    assert [end for _, _, end, _, _ in longer[8:]] == ["timeout"] * 2, "for those that come it holds"
 
 
 def test_a_cost_limit_stops_what_runs_and_says_so(tmp_path: Path) -> None:

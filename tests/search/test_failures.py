@@ -3,6 +3,7 @@
 import inspect
 import itertools
 import json
+import math
 import os
 import random
 from collections.abc import Iterator
@@ -18,6 +19,8 @@ from toys import BASE, recipe
 
 import distprune as dp
 from distprune.errors import UserError
+from distprune.report.tables import failures
+from distprune.result import Result
 from distprune.search import driver
 from distprune.search.book import Book
 from distprune.search.config import Limits, Search
@@ -33,7 +36,7 @@ from distprune.search.trial import Job, checkpoints, run_trial
 from distprune.search.verdict import verdict
 from distprune.search.volume import contributions, hypervolume
 from distprune.store.folder import RunFolder
-from distprune.store.trials import read_trials
+from distprune.store.trials import FAILED, read_trials, write_trials
 
 
 @pytest.fixture(autouse=True)
@@ -419,6 +422,40 @@ def test_a_trial_over_its_time_ends_alone_and_again_from_the_stream(tmp_path: Pa
     assert outcome(resume(value.folder, using=slow)) == outcome(folder)
 
 
+def test_every_failure_is_said_with_its_reason(tmp_path: Path) -> None:
+    """As many as the progress line counts."""
+    run = RunFolder(tmp_path / "x").create()
+    ends = ["finished", "stopped", "error", "nan", "oom", "timeout", "lost", "duplicate", "running"]
+    write_trials(run.trials, [{"number": number, "ended": end, "reason": f"of {end}"} for number, end in enumerate(ends)])
+    run.search_yaml.touch()
+    assert sorted(failures(Result(run.path))) == sorted(f"1 failed: of {end}" for end in FAILED) and len(FAILED) == 5
+
+
+def test_a_trial_may_be_silent_for_as_long_as_it_has_time_left(tmp_path: Path) -> None:
+    book = _book(tmp_path, most_wall=100.0)
+    book.hear(_row(0, 0, wall_s=30.0))
+    assert book.time_left(0) == 70.0 and not book.overdue(0, 69.9)
+    book.hear(_row(0, 1, attempt="b", wall_s=15.0))
+    assert book.time_left(0) == 55.0 and not book.overdue(0, 54.9) and book.overdue(0, 55.0)
+    assert not book.overdue(0, 99.0), "it is known by now"
+    book.gone(0)
+    assert (book.entries[0].ended, book.entries[0].reason) == ("timeout", "it ran for 100 s, and limits.trial_wall is 100")
+    unlimited = _book(tmp_path)
+    unlimited.hear(_row(0, 0, wall_s=30.0))
+    assert unlimited.time_left(0) == math.inf and not unlimited.overdue(0, 1e9)
+
+
+def test_the_time_of_a_search_ends_what_says_nothing(tmp_path: Path) -> None:
+    over = [False]
+    book = _book(tmp_path, out_of_time=lambda: over[0])
+    book.hear(_row(0, 0, wall_s=30.0))
+    assert not book.overdue(0, 1e9)
+    over[0] = True
+    assert book.overdue(0, 0.1)
+    book.gone(0)
+    assert book.entries[0].told and (book.entries[0].ended, book.entries[0].reason) == ("stopped", "limit")
+
+
 # The disk.
 
 
@@ -447,7 +484,7 @@ class Held:
 def test_no_trial_is_begun_on_a_full_disk_and_it_is_said_once(tmp_path: Path) -> None:
     said: list[str] = []
     held, free = Held(), [5 * 10**9]
-    disk = Disk(tmp_path, 10**9, held, lambda event, facts: said.append(facts["message"]), free=lambda folder: free[0])  # type: ignore[arg-type]
+    disk = Disk(RunFolder(tmp_path), 10**9, held, lambda event, facts: said.append(facts["message"]), free=lambda folder: free[0])  # type: ignore[arg-type]
     assert disk.holds() == "" and said == []
     free[0] = 10**8
     assert disk.holds() == disk.holds() == "full" and len(said) == 1 and "100 MB are free" in said[0] and "limits.free: 1 GB" in said[0]
@@ -478,7 +515,7 @@ def _checkpoint(folder: RunFolder, number: int, attempt: str, index: int, size: 
     path = folder.checkpoint(number, attempt, index)
     path.mkdir(parents=True)
     (path / "state.safetensors").write_bytes(b"x" * size)
-    return _row(number, index, attempt=attempt, extra=json.dumps({"saved": size}))
+    return _row(number, index, attempt=attempt, extra=json.dumps({"checkpoint": size}))
 
 
 def _on_disk(folder: RunFolder) -> set[str]:
@@ -546,15 +583,15 @@ def test_sizes_are_those_on_the_disk_without_looking_at_it(tmp_path: Path) -> No
     assert again.total == retention.total
 
 
-def test_the_cache_gets_what_checkpoints_leave(tmp_path: Path) -> None:
+def test_the_cache_has_the_room_that_checkpoints_leave(tmp_path: Path) -> None:
     folder, book = RunFolder(tmp_path / "x").create(), _book(tmp_path)
     retention = Retention(folder, book, limit=1000)
-    assert retention.left_of(5000) == 1000 and retention.left_of(300) == 300 and retention.left_of(None) is None
+    assert retention.room == 1000
     retention.heard(_checkpoint(folder, 0, "a", 1, size=800))
-    assert retention.left_of(5000) == 200 and retention.left_of(100) == 100
+    assert retention.room == 200
     retention.heard(_checkpoint(folder, 0, "b", 2, size=1100))
-    assert retention.left_of(5000) == 0
-    assert Retention(folder, book).left_of(5000) == 5000, "without a limit it has its own"
+    assert retention.room == 0
+    assert Retention(folder, book).room is None, "without a limit there is no bound"
 
 
 def test_late_files_of_workers_thought_dead_are_swept(tmp_path: Path, masks: list[int]) -> None:
@@ -710,6 +747,32 @@ def test_a_silent_worker_is_killed_and_a_second_one_is_the_end(tmp_path: Path, m
     assert wait(9) == 1 and wait(2) == 2
     handle.dies(gate, face, "killed by `ray.kill`")
     assert not _goes_on(book) and book.entries[0].ended == "timeout"
+
+
+@on_ray
+def test_a_worker_that_hangs_is_killed_when_its_time_is_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With no limit of silence."""
+    from distprune.search import runner
+
+    now, killed, book, handle = [100.0], list[Any](), _book(tmp_path, most_wall=60.0), Handle(tmp_path)
+    monkeypatch.setattr(runner.ray, "kill", killed.append)
+    monkeypatch.setattr(runner.time, "monotonic", lambda: now[0])
+    gate, draw = runner.Gate(book, {"t": 0}), runner.Draw(lambda: None, book, {"t": 0}, None)
+    face = runner.Face(book, lambda assignment: _job(tmp_path), {"t": 0}, lambda number: None)
+    some: Any = {"iteration": 0, "trials": [], "trial": handle}
+    draw.on_trial_start(**some)
+
+    def wait(seconds: float) -> int:
+        now[0] += seconds
+        draw.on_step_end(0, [])
+        return len(killed)
+
+    assert wait(40) == 0
+    gate.on_trial_result(None, handle, {"r": json.dumps(_row(0, 0, wall_s=40.0))})  # type: ignore[arg-type]
+    draw.on_trial_result(**some, result={})
+    assert wait(19) == 0 and wait(2) == 1 == wait(30)
+    handle.dies(gate, face, "killed by `ray.kill`")
+    assert not _goes_on(book) and book.entries[0].ended == "timeout" and not book.is_busy
 
 
 @on_ray

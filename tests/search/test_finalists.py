@@ -76,6 +76,15 @@ def test_a_limit_of_cost_holds_for_the_search_and_not_for_its_finalists(tmp_path
     assert trials(folder)[-1].user_attrs["end"]["ended"] == "finished"
 
 
+def test_what_finalists_cost_is_beyond_the_limit_of_an_extended_search(tmp_path: Path) -> None:
+    whole, more = 320.0 * STEPS, {"count": 2, "seeds": 3}
+    folder = start(search(tmp_path / "a", limits={"trials": 50, "cost": 5 * whole}, scheduler="none", finalists=more), workers=1)
+    resume(folder.path, workers=1, cost=10 * whole)
+    plain = start(search(tmp_path / "b", limits={"trials": 50, "cost": 10 * whole}, scheduler="none"), workers=1)
+    own = [trial for trial in trials(folder) if "repeat_of" not in trial.user_attrs]
+    assert [(t.params, t.values) for t in own] == [(t.params, t.values) for t in trials(plain)] and len(own) == 10
+
+
 @pytest.mark.parametrize("mode", ["before", "half", "after"])
 def test_finalists_survive_a_kill_at_every_write(mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From the last writes of the search itself to the end: the same repeats, each once, with the same values."""

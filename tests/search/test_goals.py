@@ -314,7 +314,7 @@ def test_latency_for_real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         ),
         ({"floor": 85.0}, "floor must be above 0 and at most 1, as accuracy is, got 85. Write it as a share"),
         ({"floor": 0.0}, "floor must be above 0 and at most 1"),
-        ({"floor": float("nan")}, "floor must be a number, got nan"),
+        ({"floor": float("nan")}, "floor must be a number or null, got nan"),
         ({"floor": "high"}, "floor"),
         ({"recipe": {**BASE, "sparsity_of": "latency"}}, "'latency' is measured: masks would depend on noise"),
         ({"recipe": {**BASE, "sparsity_of": "flops"}, "space": {"paradigm": ["dsr"]}}, "paradigm 'dsr' moves weights between layers"),

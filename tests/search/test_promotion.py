@@ -116,6 +116,20 @@ def test_decisions_follow_from_the_stream_alone(tmp_path: Path) -> None:
     assert told(replayed(folder, tmp_path / "again")) == told(folder) and set(_ends(folder)) == {"finished", "stopped"}
 
 
+def test_what_was_stopped_where_it_waited_is_not_promoted_by_an_extended_search(tmp_path: Path) -> None:
+    """A trial that was told does not go on: it would hold its worker and come to nothing."""
+    folder = start(search(tmp_path, trials=8, scheduler=PROMOTE), workers=1)
+    before, begun = _ends(folder), list[int]()
+
+    def watched(job: Job) -> Iterator[dict[str, Any]]:
+        begun.append(job.number)
+        yield from curve(job)
+
+    resume(folder.path, workers=1, trials=24, using=watched)
+    assert "stopped" in before and _ends(folder)[:8] == before and len(trials(folder)) == 24
+    assert begun and min(begun) >= 8
+
+
 def test_a_search_that_is_interrupted_tells_nothing_of_what_waits(tmp_path: Path) -> None:
     def dying(job: Job) -> Iterator[dict[str, Any]]:
         for row in curve(job):

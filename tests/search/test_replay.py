@@ -11,6 +11,8 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import save_file
 from searches import search, start
+from test_failures import Greedy
+from toys import BASE
 
 from distprune.api import replay
 from distprune.cli import main
@@ -119,6 +121,21 @@ def test_another_seed_differs_from_the_first_report_on(run: RunFolder, monkeypat
     monkeypatch.setattr(room, "_recipe", lambda folder, trial: {**true(folder, trial), "seed": 1})
     outcome = replay(run.path, _front(run))
     assert not outcome.same and outcome.differences[0].index == 0
+
+
+@pytest.mark.parametrize("after", [0, 25], ids=["at the first pass", "later"])
+def test_a_trial_that_ran_out_of_memory_is_replayed_in_the_same_parts(after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though there is enough memory now: sums of gradients are rounded otherwise than those of a whole batch."""
+    for name, value in {"most": 10, "at_once": 1000, "after": after, "passes": 0}.items():
+        monkeypatch.setattr(Greedy, name, value)
+    recipe = {**BASE, "model": {"import": "test_failures:greedy"}, "train": {**BASE["train"], "length": "8ep"}}
+    value = search(tmp_path, trials=1, recipe=recipe, space={"paradigm": ["dense"]}, report_every="1ep")
+    folder = start(value, workers=1, using=run_trial)
+    micro = [json.loads(row["extra"]).get("micro_batch") for row in reports.read(folder.reports).to_pylist()]
+    assert micro[-1] == 8 and (micro[0] is None) == bool(after)
+    monkeypatch.setattr(Greedy, "after", 10**9)
+    found = replay(folder.path, 0)
+    assert found.same and found.compared == len(micro), found.lines()
 
 
 def test_nothing_is_taken_from_earlier_work(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:

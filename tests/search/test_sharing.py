@@ -1,5 +1,6 @@
 """Shared work: a trial that is served from the cache ends with the same bits and the same reports, and runs less."""
 
+import errno
 import json
 import os
 import signal
@@ -16,17 +17,20 @@ from safetensors.torch import load_file
 from searches import reports, search, start
 from toys import PARADIGMS, SETTINGS, recipe
 
+from distprune.core import run as core_run
 from distprune.core.prefix import shared_keys
 from distprune.core.stages import Train
 from distprune.core.state import State
 from distprune.errors import UserError
-from distprune.search import sharing, trial
+from distprune.search import driver, sharing, trial
 from distprune.search.config import Search
+from distprune.search.entry import Assignment
 from distprune.search.sharing import Sharing
 from distprune.search.trial import Job, checkpoints, run_trial
 from distprune.store.cache import Cache
 from distprune.store.folder import RunFolder
 from distprune.store.lease import Lease
+from distprune.store.trials import read_trials
 
 EPOCH = 320
 TRAINING = 4 * EPOCH
@@ -58,7 +62,7 @@ def _plain(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """All that must not depend on a cache: everything but who ran it, when, and how much of it."""
     found = []
     for row in rows:
-        extra = {name: value for name, value in json.loads(row["extra"]).items() if name not in ("saved", "pid")}
+        extra = {name: value for name, value in json.loads(row["extra"]).items() if name not in ("saved", "checkpoint", "pid")}
         found.append({name: value for name, value in row.items() if name not in ("attempt", "wall_s", "spent", "extra", "crc")} | extra)
     return found
 
@@ -228,6 +232,26 @@ def test_a_trial_in_parts_of_batches_neither_takes_nor_gives(tmp_path: Path) -> 
     assert trial._sharing(job, run, trial.Memory(micro_batch=16, retries=1)) is None, "its bits are its own"
 
 
+def test_another_processor_misses(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Its bits are others: what it needs is neither served by the first one's states nor kept under their keys."""
+    here = _run(_job(tmp_path / "a", cache=tmp_path / "c", rungs=[]))
+    common: dict[str, Any] = {"device": "cpu", "threads": 1, "report_every": "1ep"}
+    keys = [shared_keys(recipe("dense"), 10, **common)]
+    monkeypatch.setattr(core_run, "_processor", lambda: "another one")
+    keys.append(shared_keys(recipe("dense"), 10, **common))
+    assert not {key for key, _ in keys[0]} & {key for key, _ in keys[1]}
+    assert _run(_job(tmp_path / "b", cache=tmp_path / "c", rungs=[]))[-1]["spent"] == here[-1]["spent"] == TRAINING
+    assert Cache.open(tmp_path / "c").have(key for both in keys for key, _ in both) == {key for both in keys for key, _ in both}
+
+
+def test_a_processor_is_known_by_its_model() -> None:
+    """Not by its family alone, where Linux says more."""
+    found = core_run._processor()
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    models = {line.partition(":")[2].strip() for line in lines if line.startswith(("model name", "CPU part"))}
+    assert found and all(model in found for model in models)
+
+
 # One producer.
 
 
@@ -330,6 +354,64 @@ def test_a_waiter_waits_as_long_as_producing_would_take(pace: float | None, own:
     assert shared._lease is None and path.exists(), "it produces without the lease"
 
 
+def _waiting(tmp_path: Path, **changes: Any) -> tuple[Sharing, Seconds, Path]:
+    """A trial that would wait for another process, its clock, and the other's lease."""
+    run, clock = trial.prepare(recipe("dense"), report_every="1ep"), Seconds()
+    shared = Sharing(Cache.open(tmp_path), run, [2 * EPOCH], clock=clock, sleep=clock.sleep, **changes)
+    path = Cache.open(tmp_path).lease(shared_keys(run.recipe, 10, device="cpu", threads=1, report_every="1ep", rungs=[2 * EPOCH])[0][0])
+    assert path is not None
+    return shared, clock, path
+
+
+@pytest.mark.parametrize(("silence", "waits"), [(None, sharing.UNKNOWN_S), (1000.0, sharing.UNKNOWN_S), (40.0, 10.0)])
+def test_a_waiter_is_silent_for_a_quarter_of_what_is_taken_for_death(silence: float | None, waits: float, tmp_path: Path) -> None:
+    """Between two reports, however often it waits; after a report it may wait again."""
+    shared, clock, path = _waiting(tmp_path, silence=silence)
+
+    def beat(seconds: float) -> None:
+        clock.sleep(seconds)
+        path.write_text(json.dumps({"process": "another", "beat": clock.now}))
+
+    shared._sleep = beat
+    beat(0)
+    assert shared._take(0, 2 * EPOCH) is None and waits <= clock.now <= waits + 2 * sharing._POLL_S
+    before = clock.now
+    if silence == 40.0:
+        assert shared._take(0, 2 * EPOCH) is None and clock.now == before, "nothing was said since"
+        shared._heard = clock.now
+        assert shared._take(0, 2 * EPOCH) is None and clock.now >= before + waits
+
+
+def test_a_worker_is_told_how_long_it_may_wait_and_whether_it_may_give(tmp_path: Path) -> None:
+    value, run = search(tmp_path, limits={"trials": 1, "silence": 40}), trial.prepare(recipe("dense"))
+    job = driver.job_of(value, RunFolder(tmp_path), [], Assignment(0, run.recipe, 0))
+    shared = trial._sharing(job, run, trial.Memory())
+    assert shared is not None and shared._most_wait == 10
+    for room, keeps in ((0, False), (10**9, True)):
+        _run(replace(_job(tmp_path / str(room), cache=tmp_path / "c", rungs=[]), cache_room=room))
+        assert bool(_stages_of(tmp_path / "c")) == keeps
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK])
+def test_where_there_are_no_links_everybody_computes_at_once(number: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def refused(source: Any, target: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    alone = _run(_job(tmp_path / "alone"))
+    monkeypatch.setattr(os, "link", refused)
+    shared, clock, path = _waiting(tmp_path / "c")
+    assert shared._take(0, 2 * EPOCH) is None and clock.now == 0.0 and not path.exists()
+    rows = _run(_job(tmp_path / "a", cache=tmp_path / "c"))
+    assert _plain(rows) == _plain(alone) and rows[-1]["spent"] == TRAINING + PROJECTION
+    assert _run(_job(tmp_path / "b", cache=tmp_path / "c"))[-1]["spent"] == PROJECTION, "states are shared all the same"
+
+
+def test_where_links_are_not_what_a_server_says_nobody_waits_for_ever(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(os, "link", lambda source, target: None)
+    shared, clock, _ = _waiting(tmp_path)
+    assert shared._take(0, 2 * EPOCH) is None and sharing.UNKNOWN_S <= clock.now <= sharing.UNKNOWN_S + 2 * sharing._POLL_S
+
+
 def test_nobody_waits_for_itself(tmp_path: Path) -> None:
     """Simulated workers live in one process: the holder would never come to run."""
     cache = tmp_path / "cache"
@@ -356,6 +438,21 @@ def test_a_search_with_a_cache_decides_as_one_without_and_a_second_runs_next_to_
     spent = [sum(rows[-1]["spent"] for rows in found.values()) for found in (without, first, second)]
     assert spent[0] > spent[1] > spent[2] == 0, "no rungs, so nothing is observed"
     assert not (tmp_path / "a" / ".cache").exists()
+
+
+def test_what_is_saved_is_what_was_billed_and_not_run(tmp_path: Path) -> None:
+    """Samples, not bytes: without rungs nothing is observed, so that the difference of bill and work is what the cache has served."""
+    space = {"paradigm": [{"name": "lth", "share": 0.7, "rewind_to": "0ep"}], "criterion": ["magnitude"], "allocator": ["erk"]}
+    space |= {"regularizer": ["none"], "sparsity": [0.7, 0.9, 0.95]}
+    folder = start(search(tmp_path, trials=3, scheduler="none", space=space), using=run_trial, workers=1)
+    rows = read_trials(folder.trials).to_pylist()
+    assert [row["saved"] for row in rows] == [row["cost"] - row["spent"] for row in rows]
+    assert rows[0]["saved"] == 0 and rows[1]["saved"] >= TRAINING <= rows[2]["saved"]
+    for found in reports(folder).values():
+        extras = [json.loads(row["extra"]) for row in found]
+        assert [extra.get("saved", 0) for extra in extras] == sorted(extra.get("saved", 0) for extra in extras)
+        written = [extra["checkpoint"] for extra in extras if "checkpoint" in extra]
+        assert len(written) == 1 and written[0] > 10 * TRAINING, "bytes of the only checkpoint, that of the end"
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
-from searches import STEPS, curve, search, start
+from searches import STEPS, curve, search, start, trials
 
 from distprune.cli import main
 from distprune.core.recipe import Recipe
@@ -15,6 +15,7 @@ from distprune.errors import UserError
 from distprune.result import Result
 from distprune.search import driver, recorded
 from distprune.search.recorded import Recorded, Recording
+from distprune.search.simulate import Curve
 from distprune.search.trial import Job
 from distprune.store.folder import RunFolder
 from distprune.store.reports import read
@@ -29,14 +30,14 @@ def timed(job: Job) -> Iterator[dict[str, Any]]:
         yield {**row, "wall_s": 0.5 * (row["index"] + 1) * (row["index"] + 2) / 2}
 
 
-def record(storage: Path, *, trials: int = 20, **changes: Any) -> RunFolder:
+def record(storage: Path, *, trials: int = 20, using: Curve = timed, **changes: Any) -> RunFolder:
     """A run folder to simulate from."""
     from distprune.search.finale import close_tables
 
     value = search(storage, name="recorded", trials=trials, **{"space": SPACE, "scheduler": "none", **changes})
     original, driver.finalize = driver.finalize, close_tables
     try:
-        return start(value, using=timed)
+        return start(value, using=using)
     finally:
         driver.finalize = original
 
@@ -50,6 +51,25 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
 def simulate(run: RunFolder, storage: Path, *, workers: int = 1, **changes: Any) -> Result:
     value = search(storage, name="simulated", **{"space": SPACE, "scheduler": "none", **changes})
     return Result(driver.simulate(value, recorded=Recorded(run.path), workers=workers, listen=lambda event, facts: None).path)
+
+
+@pytest.mark.parametrize("limit", ["trial_wall", "wall"])
+def test_limits_of_time_act_while_a_trial_says_nothing(limit: str, tmp_path: Path) -> None:
+    """One report in nine hours: its worker is free when its time is up, and no report is heard after that of the search."""
+
+    def hanging(job: Job) -> Iterator[dict[str, Any]]:
+        for row in timed(job):
+            yield {**row, "wall_s": 32400.0 + row["index"] if job.number == 0 and row["index"] > 1 else row["wall_s"]}
+
+    result = simulate(record(tmp_path, using=hanging), tmp_path, limits={"trials": 4, limit: 20.0})
+    ends = [(trial.user_attrs["end"]["ended"], trial.user_attrs["end"]["reason"]) for trial in trials(result.folder)]
+    assert [len(rows) for rows in by_trial(result.folder).values()] == [2, *[STEPS] * (len(ends) - 1)]
+    time = yaml.safe_load(result.folder.search_yaml.read_text())["simulated"]["time"]
+    if limit == "wall":
+        assert ends == [("stopped", "limit")] and time == 20.0
+    else:
+        assert ends == [("timeout", "it ran for 20 s, and limits.trial_wall is 20"), *[("finished", "")] * 3]
+        assert time == pytest.approx(20 + 3 * 0.5 * STEPS * (STEPS + 1) / 2)
 
 
 def by_trial(run: RunFolder) -> dict[int, list[dict[str, Any]]]:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from searches import outcome, reports, resume, search, start, trials
 from toys import BASE
 
@@ -71,7 +72,12 @@ def test_a_setting_is_always_used_as_a_whole() -> None:
         ({"paradigm": "lht"}, r"Unknown paradigm in start\[0\], which the space has not: 'lht'. Did you mean 'lth'\?"),
         ({"paradigm": "rigl"}, r"Unknown paradigm in start\[0\], which the space has not: 'rigl'"),
         ({"paradigm": {"name": "lth", "shares": 0.5}}, r"Unknown option of start\[0\].paradigm lth: 'shares'. Did you mean 'share'\?"),
-        ({"paradigm": {"name": "lth", "share": 0.9}}, r"start\[0\].paradigm must be within the space, got \{'share': 0.9\}"),
+        (
+            {"paradigm": {"name": "lth", "share": 0.9}},
+            r"start\[0\].paradigm must be within the space, got \{'name': 'lth', 'share': 0.9\}. The space has "
+            r"lth with share in \[0.4, 0.8\], rewind_to in \[.*\]",
+        ),
+        ({"allocatr": "erk"}, r"Did you mean 'allocator'\? Known: allocator, criterion, "),
         ({"lth/share": 0.9}, r"start\[0\].lth/share must be in \[0.4, 0.8\], got 0.9"),
         ({"sparsity": 0.999}, r"start\[0\].sparsity must be within space.sparsity, \[0.5, 0.98\], got 0.999"),
         ({"sparsity": "high"}, "got 'high'"),
@@ -119,12 +125,69 @@ def test_what_is_of_no_use_is_counted_out_or_refused(tmp_path: Path) -> None:
     narrow = {**SPACE, "paradigm": ["dense", "at_init"], "sparsity": [0.6, 0.9]}
     setup = set_up(search(tmp_path / "new", space=narrow, sampler="tpe", learn_from=[str(old.path)]))
     assert [row["params"] for row in setup.learned[str(old.path)]] == [t.params for t in fits] and 0 < len(fits) < 16
-    with pytest.raises(UserError, match="nothing to learn, as none of its 16 ended trials has just the parameters of this space"):
+    with pytest.raises(UserError, match="nothing to learn, as none of its 16 ended trials is one of this space"):
         set_up(search(tmp_path / "new", space={"paradigm": ["rigl"]}, sampler="tpe", learn_from=[str(old.path)]))
     with pytest.raises(UserError, match="nowhere is not a run folder"):
         set_up(search(tmp_path / "new", sampler="tpe", learn_from=[str(tmp_path / "nowhere")]))
     with pytest.raises(UserError, match=r"it must minimize what this search does, \[\], got \['params'\]"):
         set_up(search(tmp_path / "new", space=SPACE, sampler="tpe", minimize=[], learn_from=[str(old.path)]))
+
+
+def test_trials_of_other_networks_data_or_training_and_simulated_ones_are_refused(tmp_path: Path) -> None:
+    old = start(search(tmp_path / "old", trials=6, space=SPACE, scheduler="none"))
+    common: dict[str, Any] = {"space": SPACE, "sampler": "tpe", "learn_from": [str(old.path)]}
+    for change in (
+        {"model": {"import": "toys:network", "hidden": 16}},
+        {"train": {**BASE["train"], "length": "5ep"}},
+        {"include": ["*.weight"]},
+    ):
+        with pytest.raises(
+            UserError, match=rf"learn_from\[0\] .*: its trials had recipe.{next(iter(change))} .*, and this search has .* Write"
+        ):
+            set_up(search(tmp_path / "new", recipe={**BASE, **change}, **common))
+    assert sum(map(len, set_up(search(tmp_path / "new", seed=3, **common)).learned.values())) == 6, "seeds may differ"
+    fixed = {**common, "space": {**SPACE, "allocator": ["erk"]}}
+    learned = set_up(search(tmp_path / "new", **fixed)).learned.values()
+    assert not any("allocator" in row["params"] for rows in learned for row in rows)
+    facts = yaml.safe_load(old.search_yaml.read_text())
+    old.search_yaml.write_text(yaml.safe_dump({**facts, "simulated": {"run": "x"}}))
+    with pytest.raises(UserError, match=r"learn_from\[0\] .* is a simulated search, .*: it cannot be learned from"):
+        set_up(search(tmp_path / "new", **common))
+
+
+def test_a_recipe_that_says_nothing_of_an_axis_is_learned_from_only_where_it_is_the_same(tmp_path: Path) -> None:
+    """`criterion` is no parameter where there is one: the parameters of both searches are alike, their networks are not."""
+    one = {**SPACE, "paradigm": ["at_init"], "criterion": ["magnitude"]}
+    old = start(search(tmp_path / "old", trials=4, space=one, scheduler="none"))
+    new = search(tmp_path / "new", space={**one, "criterion": ["random"]}, sampler="tpe", learn_from=[str(old.path)])
+    with pytest.raises(UserError, match="none of its 4 ended trials is one of this space"):
+        set_up(new)
+
+
+def test_what_learned_trials_violate_is_said_of_the_limits_of_the_search_that_learns(tmp_path: Path) -> None:
+    old = start(
+        search(tmp_path / "old", trials=16, space=SPACE, budget={"cost": "params", "most": 0.3}, finalists={"count": 1, "seeds": 2})
+    )
+    told = {t.number: t for t in trials(old)}
+    assert any("repeat_of" in t.user_attrs for t in told.values()) and any(t.user_attrs["end"]["ended"] == "stopped" for t in told.values())
+    ended = [t for t in told.values() if t.user_attrs["end"]["ended"] in ("finished", "stopped") and "repeat_of" not in t.user_attrs]
+    common: dict[str, Any] = {"space": SPACE, "sampler": "tpe", "learn_from": [str(old.path)]}
+    limits: dict[str, Any]
+    for limits in ({}, {"budget": {"cost": "params", "most": 0.05}}, {"budget": {"cost": "params", "most": 0.3}, "floor": 0.7}):
+        rows = set_up(search(tmp_path / "new", **common, **limits)).learned[str(old.path)]
+        assert len(rows) == len(ended), "repeats of finalists are not proposals"
+        for row in rows:
+            score, share = row["values"]
+            expected = {"budget": share / limits["budget"]["most"] - 1} if "budget" in limits else {}
+            expected |= {"floor": (limits["floor"] - score) / limits["floor"]} if "floor" in limits else {}
+            if "unfinished" in row["constraints"]:
+                assert row["constraints"].keys() == {"unfinished"}
+            else:
+                assert row["constraints"] == pytest.approx(expected)
+    with pytest.raises(
+        UserError, match=r"it must have the budget of this search, as .* flops, got \[\{'cost': 'params', 'most': 0.3\}\]. Minimize"
+    ):
+        set_up(search(tmp_path / "new", **common, budget={"cost": "flops", "most": 0.5}))
 
 
 # Duplicates.

@@ -1,5 +1,6 @@
 """The cache: what is read is what was published, whatever happens to files and processes; and it keeps to its size."""
 
+import errno
 import hashlib
 import json
 import os
@@ -146,21 +147,71 @@ def test_what_is_being_read_stays_until_it_is_read(tmp_path: Path) -> None:
 
 
 def test_what_killed_processes_left_is_forgotten(tmp_path: Path) -> None:
-    cache = Cache(Folder(tmp_path), clock=Clock())
+    cache = Cache(Folder(tmp_path))
     names = [".abc", f"{key('x')}.{'0' * 16}.safetensors", f"leases/{key('y')}", f"leases/.{key('y')}.abc"]
     for name in [*names, "notes.txt"]:
         (tmp_path / name).write_bytes(b"half")
-        os.utime(tmp_path / name, (1e9, 1e9))
     cache.sweep()
     assert all((tmp_path / name).exists() for name in names), "it may be a producer's that lives"
-    later = Cache(Folder(tmp_path), clock=lambda: 1e9 + store._FORGOTTEN_S + 1)
+    later = Cache(Folder(tmp_path), clock=lambda: time.time() + store._FORGOTTEN_S + 1)
     later.sweep()
     assert not any((tmp_path / name).exists() for name in names) and (tmp_path / "notes.txt").exists(), "what is not its own stays"
 
 
+def test_what_is_being_read_outlives_the_sweeps_of_others_however_old_it_is(tmp_path: Path) -> None:
+    """A link is as old as its file by what both say of their content, and as young as it is by the time of its making."""
+    cache = Cache(Folder(tmp_path))
+    put(cache, "a")
+    for path in tmp_path.glob("*.safetensors"):
+        os.utime(path, (time.time() - 2 * store._FORGOTTEN_S,) * 2)
+    with cache.reading(key("a")) as path:
+        Cache(Folder(tmp_path), limit=1).sweep()
+        assert path is not None and path.read_bytes() == content("a") and cache.have([key("a")]) == set()
+
+
+def test_what_is_being_read_does_not_count_twice(tmp_path: Path) -> None:
+    cache = Cache(Folder(tmp_path), limit=2500)
+    put(cache, "a")
+    put(cache, "b")
+    with cache.reading(key("a")):
+        cache.sweep()
+        assert cache.have(map(key, "ab")) == set(map(key, "ab"))
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "I/O error"), TimeoutError("no answer"), OSError(errno.ESTALE, "stale handle")])
+@pytest.mark.parametrize("damaged", [False, True])
+def test_what_could_not_be_verified_is_a_miss_and_stays(
+    error: OSError, damaged: bool, cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Never served, as it may be damaged; never removed, as it may be whole."""
+
+    def fails(path: Path) -> str:
+        raise error
+
+    put(cache, "a")
+    (data,) = (tmp_path / "c").glob("*.safetensors")
+    whole = data.read_bytes()
+    if damaged:
+        data.write_bytes(bytes([*whole[:-1], whole[-1] ^ 1]))
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "_hash", fails)
+        assert got(cache, "a") is None and data.exists() and cache.have([key("a")]) == {key("a")}
+    assert got(cache, "a") == (None if damaged else content("a")) and data.exists() != damaged
+
+
+def test_a_user_without_room_reads_and_evicts_nothing(cache: Cache) -> None:
+    for name in "abc":
+        put(cache, name)
+    bytes_of_all = cache._total()
+    for room, fits in ((0, False), (1000, False), (bytes_of_all + 999, False), (bytes_of_all + 1000, True)):
+        small = Cache(cache._shelf, limit=10**6, room=room)
+        assert got(small, "a") == content("a") and put(small, "d") == fits
+        assert cache.have(map(key, "abcd")) == set(map(key, "abcd" if fits else "abc"))
+
+
 @pytest.mark.parametrize("where", ["nowhere://x/y", "/dev/null/cache"])
 def test_what_cannot_be_used_is_said_in_a_line(where: str) -> None:
-    with pytest.raises(UserError, match=r"^cache.path '.*' cannot be used: [^\n]* Give a folder, or write false.$"):
+    with pytest.raises(UserError, match=r"^cache.path '.*' cannot be used: [^\n]* Give a folder, or write cache: false.$"):
         Cache.open(where)
 
 

@@ -18,7 +18,7 @@ class Full:
 
     def __init__(self, at: int, times: int = 3, share: float = 0.0, number: int = errno.ENOSPC) -> None:
         self.at, self.times, self.share, self.number = at, times, share, number
-        self.count, self.waits, self.told = 0, 0, list[tuple[str, bool]]()
+        self.count, self.waits, self.told = 0, 0, list[tuple[str, int]]()
 
     def write(self, descriptor: int, data: Any) -> int:
         if self.count == self.at and self.times:
@@ -32,8 +32,8 @@ class Full:
     def sleep(self, seconds: float) -> None:
         self.waits += 1
 
-    def hear(self, path: Path, waits: bool) -> None:
-        self.told.append((path.name, waits))
+    def hear(self, path: Path, failed: int) -> None:
+        self.told.append((path.name, failed))
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def test_full_at_any_write_ends_with_the_same_bytes(tmp_path: Path, install: Any
         with files.telling(disk.hear):
             drive(folder)
         assert disk.waits == 3 and disk.times == 0
-        assert [waits for _, waits in disk.told] == [True, False] and len({name for name, _ in disk.told}) == 1, "it is said once"
+        assert [failed for _, failed in disk.told] == [1, 2, 3, 0] and len({name for name, _ in disk.told}) == 1
         assert undated(folder) == undated(undisturbed), f"full at write {at}"
         assert outcome(folder) == outcome(undisturbed)
         assert not [path for path in folder.path.iterdir() if path.name.startswith(".study") or path.name.startswith(".trials")]

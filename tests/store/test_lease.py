@@ -1,5 +1,6 @@
 """Leases: one of many takes it, a dead or frozen holder's passes on, and nothing is left behind."""
 
+import errno
 import json
 import os
 import signal
@@ -55,6 +56,19 @@ def test_the_count_of_links_is_believed_and_not_the_answer(path: Path, monkeypat
     _take(path).release()
     monkeypatch.setattr(os, "link", lambda source, target: None)
     assert Lease.take(path, beat_every=None) is None
+    assert list(path.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.EOPNOTSUPP])
+def test_where_there_are_no_links_it_says_so(number: int, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """None would mean that somebody has it, for whom one would wait for ever."""
+
+    def refused(source: Any, target: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "link", refused)
+    with pytest.raises(OSError, match=os.strerror(number)):
+        Lease.take(path, beat_every=None)
     assert list(path.parent.iterdir()) == []
 
 

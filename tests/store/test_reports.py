@@ -1,5 +1,6 @@
 """Laws of the report stream: any prefix reads, damage costs the rows it hit and none after them, the first of two equal rows counts."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from distprune.store import reports
+from distprune.store import files, reports
 from distprune.store.reports import ReportWriter, read, recover, to_parquet
 
 Row = dict[str, Any]
@@ -124,6 +125,35 @@ def test_damage_in_the_middle_is_said_and_the_old_file_is_kept(path: Path) -> No
     assert recover(path) == (rows, ""), "recovered twice is recovered once"
     write(path, [row(5, 0)])
     assert names(read(path).to_pylist()) == [*names(rows), (5, 0)]
+
+
+def test_rows_of_trials_that_were_never_born_are_set_aside(path: Path) -> None:
+    write(path, ROWS)
+    data = path.read_bytes()
+    assert recover(path, born=2) == (recover(path)[0], "") and path.read_bytes() == data
+    rows, said = recover(path, born=1)
+    (aside,) = path.parent.glob("reports.arrows.damaged-*")
+    assert names(rows) == names(ROWS[:3]) == names(read(path).to_pylist()) and aside.read_bytes() == data
+    assert "3 reports" in said and aside.name in said and "\n" not in said
+    assert recover(path, born=1) == (rows, "")
+
+
+def test_a_flush_that_syncs_covers_what_was_written_before(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[int] = []
+    monkeypatch.setattr(files, "_sync", lambda descriptor: synced.append(os.fstat(descriptor).st_size))
+    with ReportWriter(path) as writer:
+        writer.flush(sync=True)
+        assert not path.exists()
+        writer.add(ROWS[0])
+        writer.flush()
+        assert synced == []
+        writer.flush(sync=True)
+        assert synced == [path.stat().st_size]
+        writer.flush(sync=True)
+        assert len(synced) == 1, "there is nothing new"
+        writer.add(ROWS[1])
+        writer.flush(sync=True)
+        assert synced[1:] == [path.stat().st_size]
 
 
 def test_the_finished_stream_becomes_parquet(path: Path) -> None:

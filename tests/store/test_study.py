@@ -12,6 +12,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
+from distprune.search.fitset import scores
 from distprune.store.study import Truth
 
 DIRECTIONS = ("maximize", "minimize")
@@ -142,6 +143,16 @@ def test_opening_again_writes_nothing_and_a_renamed_folder_keeps_its_study(path:
     assert len(opened(path, "digits").trials()) == 1
     assert len(opened(path, "renamed").trials()) == 1
     assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(("rung", "step"), [(-1, 0), (0, 0), (2, 2)])
+def test_the_value_of_a_pruned_trial_lies_at_its_rung(rung: int, step: int, path: Path) -> None:
+    """Where the fit set of a resumed search and that of one that went on look for it too."""
+    truth = Truth.open(path, "digits", ["maximize"])
+    born(truth, 0)
+    truth.tell(0, TrialState.PRUNED, [0.5], {}, {"rung": rung})
+    (trial,) = optuna_alone(path).trials
+    assert trial.intermediate_values == {step: 0.5} == scores(trial)
 
 
 def test_one_objective_works_too(path: Path) -> None:
