@@ -197,6 +197,14 @@ def distprune(folder: str, *, trials: int, slots: int, count: int, seconds: floa
     return {**meter.row(), "busy": share, "reports": number}
 
 
+SPACES: list[Any] = []  # what `propose` draws from: OptunaSearch pickles it by its name
+
+
+def propose(trial: Any) -> dict[str, Any]:
+    """A recipe's sparsity; its other parameters are drawn as well."""
+    return {"sparsity": SPACES[0].build(trial).sparsity}
+
+
 def plain(folder: str, *, trials: int, slots: int, count: int, seconds: float) -> dict[str, Any]:
     """The script that one writes without distprune: OptunaSearch over the same space, ASHA, Ray's default loggers off."""
     os.environ.update(TUNE_DISABLE_AUTO_CALLBACK_LOGGERS="1", RAY_AIR_NEW_OUTPUT="0", RAY_ENABLE_UV_RUN_RUNTIME_ENV="0")
@@ -212,10 +220,7 @@ def plain(folder: str, *, trials: int, slots: int, count: int, seconds: float) -
     os.mkdir(log)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     ray.init(num_cpus=slots, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    space = set_up(_search(folder, trials, "tpe", slots)).space
-
-    def propose(trial: Any) -> dict[str, Any]:
-        return {"sparsity": space.build(trial).sparsity}
+    SPACES.append(set_up(_search(folder, trials, "tpe", slots)).space)
 
     class Hear(tune.Callback):  # type: ignore[misc]
         def on_trial_result(self, *args: Any, **options: Any) -> None:
@@ -232,7 +237,13 @@ def plain(folder: str, *, trials: int, slots: int, count: int, seconds: float) -
             max_concurrent_trials=slots,
             reuse_actors=True,
         ),
-        run_config=tune.RunConfig(name="plain", storage_path=folder, callbacks=[Hear()], verbose=0),
+        run_config=tune.RunConfig(
+            name="plain",
+            storage_path=folder,
+            callbacks=[Hear()],
+            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+            verbose=0,
+        ),
     ).fit()
     share, number = busy(log, slots)
     return {**meter.row(), "busy": share, "reports": number}

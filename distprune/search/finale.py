@@ -45,7 +45,7 @@ def write_table(folder: RunFolder, book: Book) -> None:
 def write_masks(folder: RunFolder, entry: Entry) -> None:
     """Measure a finished trial on the test split and write its masks, unless that is done."""
     path = folder.masks_file(entry.number)
-    if path.exists():
+    if path.exists() and json.loads(_facts(path)["recipe"]) == entry.recipe.plain():  # else of a trial that a journal has lost
         return
     run = load_trial(folder, entry.number, entry.recipe.plain())
     metrics = run.env.task.metrics(run.state.model, "test")  # the one time that test is read
@@ -56,8 +56,13 @@ def write_masks(folder: RunFolder, entry: Entry) -> None:
 
 def _test(path: Path) -> float:
     """The objective on the test split, of a trial that was measured there."""
+    return float(next(iter(json.loads(_facts(path)["test"]).values())))
+
+
+def _facts(path: Path) -> dict[str, str]:
+    """What lies beside the masks in their file."""
     with safe_open(str(path), framework="pt") as file:
-        return float(next(iter(json.loads(file.metadata()["test"]).values())))
+        return dict(file.metadata())
 
 
 def load_trial(folder: RunFolder, number: int, recipe: dict[str, Any], *, device: str = "cpu") -> Run:
