@@ -151,8 +151,8 @@ def _ranks(values: Sequence[float]) -> list[float]:
 
 
 def vector(row: Mapping[str, Any], score: float) -> tuple[float, float]:
-    """What trials are compared by: a score, and the share of weights kept in the end."""
-    return score, -row["reports"][-1]["kept"] / row["total"]
+    """What trials are compared by: a score, and the logarithm of the share of weights kept in the end."""
+    return score, -math.log(row["reports"][-1]["kept"] / row["total"])
 
 
 def replay(rows: Sequence[Mapping[str, Any]], signal: str, reduction: int, front: float) -> dict[str, float]:
@@ -175,7 +175,7 @@ def replay(rows: Sequence[Mapping[str, Any]], signal: str, reduction: int, front
             rungs.finished(number, last, end)
             survivors.append(end)
         lost += stopped is not None and end in eventual
-    reference = (0.1, -0.105)
+    reference = (0.1, -math.log(0.105))
     kept = hypervolume(survivors, reference) / hypervolume(ends, reference)
     stops = 1 - len(survivors) / len(rows)
     return {"front": lost / len(eventual), "stopped": stops, "volume": kept, "bill": billed / whole}

@@ -374,7 +374,7 @@ def test_rungs_score_the_fused_network() -> None:
         if not report.final:
             score, spent, _ = project(run.state, run.recipe, run.plan, run.env, recovery=5)
             left = sum(isinstance(stage, Fuse) for stage in run.plan.stages[report.stage :])
-            assert seen[-1] == 1 and score > 0.2 and spent == 5 * 32 + 5 * 32 + left * 4 * 32
+            assert seen[-1] == 1 and score > 0.2 and spent == 5 * 32 + left * 4 * 32
             assert len(run.state.edits) == 2 - left
 
 

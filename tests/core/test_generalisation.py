@@ -99,7 +99,8 @@ def test_the_seed_draws_the_points_and_the_ratio_scales_the_noise() -> None:
         ({"classes": 1}, "signal_noise.classes must be at least 2, got 1"),
         ({"train": 0}, "signal_noise.train must be at least 1, got 0"),
         ({"ratio": 0.0}, "signal_noise.ratio must be above 0 and finite, got 0.0. Write 1.5."),
-        ({"signal": math.inf}, "signal_noise.signal must be above 0 and finite, got inf"),
+        ({"signal": 0.0}, "signal_noise.signal must be above 0 and finite, got 0.0"),
+        ({"signal": math.inf}, "data.signal must be a number, got inf"),
     ],
 )
 def test_points_that_cannot_be_drawn(options: dict[str, Any], words: str) -> None:
