@@ -302,6 +302,7 @@ def main() -> None:
     parser.add_argument("--slots", type=int, default=64, help="trials at once on real Ray")
     parser.add_argument("--trials", type=int, default=256)
     parser.add_argument("--seconds", type=float, default=30.0, help="of a trial on real Ray")
+    parser.add_argument("--reports", type=int, nargs="+", default=[20, 2], help="of a trial on real Ray")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--case", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -315,7 +316,7 @@ def main() -> None:
             ]
     if options.part == "ray":
         shared = {"trials": options.trials, "slots": options.slots, "seconds": options.seconds}
-        cases = [{"side": side, **shared, "count": count} for count in (20, 2) for side in ("distprune", "plain")]
+        cases = [{"side": side, **shared, "count": count} for count in options.reports for side in ("distprune", "plain")]
     for case in cases * options.repeats:
         add(measure(**case))
     print(table(json.loads(FILE.read_text())))
