@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -98,3 +99,9 @@ def reports(folder: RunFolder) -> dict[int, list[dict[str, Any]]]:
 def outcome(folder: RunFolder) -> list[tuple[Any, ...]]:
     """What a search decided: state, end, parameters and values of every trial."""
     return [(t.number, t.state.name, t.user_attrs["end"]["ended"], sorted(t.params.items(), key=str), t.values) for t in trials(folder)]
+
+
+def job_in(folder: Path, **changes: Any) -> Job:
+    """What a worker is told of a trial on the toys: two rungs, nothing shared."""
+    fixed: dict[str, Any] = {"number": 3, "rungs": [640, 1920], "report_every": "1ep", "recovery": "3it", "known": 0, "threads": 1}
+    return Job(**{**fixed, "folder": str(folder), "device": "cpu", "working_dir": os.getcwd(), **changes})

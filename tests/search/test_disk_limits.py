@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from searches import curve, outcome, reports, search, start
+from searches import curve, job_in, outcome, reports, search, start
 from test_failures import Held, _book, _checkpoint, _on_disk, _row
 from toys import BASE, recipe
 
@@ -137,18 +137,7 @@ def test_of_those_that_wait_the_most_dominated_goes_first_and_what_runs_stays(tm
 
 def test_a_trial_of_which_nothing_is_left_reports_the_same_again(tmp_path: Path) -> None:
     """As its worker runs it, on the toys."""
-    job = Job(
-        number=3,
-        recipe=recipe({"name": "lth", "share": 0.6, "rewind_to": "10%"}, sparsity=0.8).plain(),
-        folder=str(tmp_path),
-        rungs=[640, 1920],
-        report_every="1ep",
-        recovery="3it",
-        known=0,
-        threads=1,
-        device="cpu",
-        working_dir=os.getcwd(),
-    )
+    job = job_in(tmp_path, recipe=recipe({"name": "lth", "share": 0.6, "rewind_to": "10%"}, sparsity=0.8).plain())
 
     def plain(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         return [{key: value for key, value in row.items() if key not in ("attempt", "wall_s", "extra")} for row in rows]

@@ -4,16 +4,14 @@ import inspect
 import itertools
 import json
 import math
-import os
 import random
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from searches import STEPS, TOTAL, curve, outcome, reports, resume, search, start, trials
+from searches import STEPS, TOTAL, curve, job_in, outcome, reports, resume, search, start, trials
 from torch import nn
 from toys import BASE, recipe
 
@@ -78,19 +76,7 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> Any:
 def _job(folder: Path, *, paradigm: Any = "dense", number: int = 3, **changes: Any) -> Job:
     model = {"import": "test_failures:greedy", **changes.pop("model", {})}
     value = {**recipe(paradigm, model=model, **changes.pop("recipe", {})).plain()}
-    job = Job(
-        number=number,
-        recipe=value,
-        folder=str(folder),
-        rungs=[640],
-        report_every="1ep",
-        recovery="3it",
-        known=0,
-        threads=1,
-        device="cpu",
-        working_dir=os.getcwd(),
-    )
-    return replace(job, **changes)
+    return job_in(folder, number=number, recipe=value, **{"rungs": [640], **changes})
 
 
 def _numbers(rows: list[dict[str, Any]]) -> list[tuple[Any, ...]]:

@@ -1,15 +1,13 @@
 """A trial as its worker runs it: checkpoints, restarts, and that nothing of it stays behind."""
 
 import json
-import os
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from searches import resume, search, start
+from searches import job_in, resume, search, start
 from toys import finish, ready, recipe, same, tensors
 
 from distprune.core.executor import execute
@@ -22,20 +20,7 @@ ROUNDS = {"name": "lth", "share": 0.6, "rewind_to": "10%"}
 
 
 def _job(tmp_path: Path, **changes: Any) -> Job:
-    value = recipe(ROUNDS, sparsity=0.8).plain()
-    job = Job(
-        number=3,
-        recipe=value,
-        folder=str(tmp_path),
-        rungs=[640, 1920],
-        report_every="1ep",
-        recovery="3it",
-        known=0,
-        threads=1,
-        device="cpu",
-        working_dir=os.getcwd(),
-    )
-    return replace(job, **changes)
+    return job_in(tmp_path, **{"recipe": recipe(ROUNDS, sparsity=0.8).plain(), **changes})
 
 
 def _plain(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
