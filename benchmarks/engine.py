@@ -142,16 +142,25 @@ def sleeper(count: int, seconds: float, log: str, ours: bool) -> Any:
     class Sleeper(tune.Trainable):  # type: ignore[misc]
         def setup(self, config: dict[str, Any]) -> None:
             job = json.loads(config["job"]) if ours else {"number": 0, "recipe": {"sparsity": config["sparsity"]}, "rungs": []}
-            self._rows = made(job, count)
+            self._rows = self._slept(made(job, count))
+            if ours:
+                from distprune.search.parcels import Parcels
+
+                self._parcels = Parcels(self._rows)
+
+        def _slept(self, rows: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+            for row in rows:
+                begun = time.time()
+                time.sleep(seconds / count)
+                with open(f"{log}/{os.getpid()}", "a") as file:
+                    file.write(f"{begun} {time.time()} {row['index']}\n")
+                yield row
 
         def step(self) -> dict[str, Any]:
-            begun = time.time()
-            time.sleep(seconds / count)
-            row = next(self._rows)
-            with open(f"{log}/{os.getpid()}", "a") as file:
-                file.write(f"{begun} {time.time()} {row['index']}\n")
             if ours:
-                return {"r": json.dumps(row), "done": row["final"]}
+                rows = self._parcels.next()
+                return {"r": json.dumps(rows), "done": rows[-1]["final"]}
+            row = next(self._rows)
             return {"objective": row["objective"], "cost": row["cost"], "metrics": row["extra"], "done": row["final"]}
 
         def reset_config(self, new_config: dict[str, Any]) -> bool:

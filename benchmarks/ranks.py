@@ -2,10 +2,11 @@
 
     python benchmarks/ranks.py --trials 72     # goes on from benchmarks/ranks.json if there is one
     python benchmarks/ranks.py --trials 0      # prints the tables of what is there
+    python benchmarks/ranks.py --setting short --trials 60
 
-Fashion-MNIST (8,000 images), LeNet-5 at four tenths of its width, 6 epochs, 90 to 98 % sparsity, learning rates drawn log-uniformly; the
-paradigms of PARADIGMS in turn. At the reports that first come to a bill of SCORED epochs: the plain objective, and the score of the network
-projected onto its final budget after 0, 20, 40 and 80 steps of recovery.
+Fashion-MNIST, LeNet-5, 90 to 98 % sparsity, learning rates drawn log-uniformly; the paradigms of PARADIGMS in turn. At the reports that
+first come to a bill of SCORED epochs: the plain objective, and the score of the network projected onto its final budget after some steps of
+recovery. Trainings are of 750 steps, or `short`, of 160: how much recovery does a score need there?
 
 A trial is judged at rungs of half a dense training and `reduction` times as far each, once the first round of a plan in rounds is over; by
 the best of what was measured at the rungs so far, as in a search. The agreement of ranks is Spearman's, between the first rung at which a
@@ -22,6 +23,7 @@ import random
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,15 +42,7 @@ from distprune.search.space import Space
 from distprune.search.trial import grace_cost
 from distprune.search.volume import hypervolume
 
-EPOCHS = 6
 SCORED = (1, 2, 3, 4, 6, 9, 12, 18, 24)  # epochs billed
-RECOVERIES = (0, 20, 40, 80)  # steps
-SIGNALS = {"objective": "plain objective"} | {str(steps): f"projected, {steps} steps" for steps in RECOVERIES}
-BASE: dict[str, Any] = {
-    "model": {"name": "lenet5", "width": 0.4},
-    "data": {"name": "fashion_mnist", "folder": "data/fashion-mnist", "limit": 8000},
-    "train": {"length": f"{EPOCHS}ep", "batch_size": 64, "optimizer": "sgd"},
-}
 PARADIGMS: list[Any] = [
     "at_init",
     {"name": "lth", "share": [0.6, 0.9]},
@@ -70,13 +64,41 @@ SPACE: dict[str, Any] = {
 }
 DRAWS = 200
 LEVELS = 8  # more than are ever reached
-FILE = Path(__file__).with_suffix(".json")
 
 
-def recipes(count: int) -> Iterator[Recipe]:
+@dataclass(frozen=True)
+class Setting:
+    """What is trained, and with how many steps of recovery it is scored."""
+
+    epochs: int
+    images: int
+    width: float
+    recoveries: tuple[int, ...]
+    file: Path
+
+    @property
+    def base(self) -> dict[str, Any]:
+        """What all recipes share."""
+        data = {"name": "fashion_mnist", "folder": "data/fashion-mnist", "limit": self.images}
+        train = {"length": f"{self.epochs}ep", "batch_size": 64, "optimizer": "sgd"}
+        return {"model": {"name": "lenet5", "width": self.width}, "data": data, "train": train}
+
+    @property
+    def signals(self) -> dict[str, str]:
+        """What trials may be judged by."""
+        return {"objective": "plain objective"} | {str(steps): f"projected, {steps} steps" for steps in self.recoveries}
+
+
+SETTINGS = {
+    "long": Setting(6, 8000, 0.4, (0, 20, 40, 80), Path(__file__).with_suffix(".json")),
+    "short": Setting(4, 2560, 0.25, (0, 8, 16, 24, 40), Path(__file__).with_name("ranks_short.json")),
+}
+
+
+def recipes(setting: Setting, count: int) -> Iterator[Recipe]:
     """The first `count` recipes: random, the paradigms in turn."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    space = Space(BASE, SPACE, seed=0)
+    space = Space(setting.base, SPACE, seed=0)
     labels = itertools.cycle([candidate.label for candidate in space.axes["paradigm"]])
     for number in range(count):
         study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=number))
@@ -84,7 +106,7 @@ def recipes(count: int) -> Iterator[Recipe]:
         yield space.build(study.ask())
 
 
-def measure(recipe: Recipe) -> dict[str, Any]:
+def measure(setting: Setting, recipe: Recipe) -> dict[str, Any]:
     """One recipe to its end: its reports, each with the scores that were measured there."""
     run = prepare(recipe, report_every="1ep")
     epoch = run.env.task.steps_per_epoch(recipe.train.batch_size) * recipe.train.batch_size
@@ -95,7 +117,7 @@ def measure(recipe: Recipe) -> dict[str, Any]:
             waiting = [cost for cost in waiting if cost > report.cost]
             scores = None
             if due and not report.final:
-                scores = {str(steps): project(run.state, run.recipe, run.plan, run.env, recovery=steps)[0] for steps in RECOVERIES}
+                scores = {str(steps): project(run.state, run.recipe, run.plan, run.env, recovery=steps)[0] for steps in setting.recoveries}
             objective = report.metrics[run.env.task.objective]
             facts = {"index": report.index, "final": report.final, "step": report.clock, "cost": report.cost, "kept": report.kept}
             reports.append({**facts, "sparsity": round(report.sparsity, 6), "objective": round(objective, 5), "scores": scores})
@@ -107,7 +129,7 @@ def measure(recipe: Recipe) -> dict[str, Any]:
         "ended": ended,
         "total": run.state.total,
         "grace": grace_cost(run.plan),
-        "dense_cost": EPOCHS * epoch,
+        "dense_cost": setting.epochs * epoch,
         "plan_cost": run.plan.cost,
         "reports": reports,
     }
@@ -188,13 +210,13 @@ def interval(draws: Sequence[float]) -> tuple[float, float, float]:
     return statistics.mean(found), float(low), float(high)
 
 
-def agreement(rows: Sequence[Mapping[str, Any]]) -> str:
+def agreement(setting: Setting, rows: Sequence[Mapping[str, Any]]) -> str:
     """Markdown: rank correlation between the first rung and the end, over all and within each paradigm."""
     names = sorted({row["paradigm"] for row in rows})
     counts = {name: sum(row["paradigm"] == name and bool(judged(row, "0", at(row, 2))) for row in rows) for name in names}
     header = " | ".join(f"{name} ({counts[name]})" for name in names)
     lines = [f"| at the first rung | all ({sum(counts.values())}) | within paradigms | {header} |", "|---" * (len(names) + 3) + "|"]
-    for signal, label in SIGNALS.items():
+    for signal, label in setting.signals.items():
         found = [(row, judged(row, signal, at(row, 2))) for row in rows]
         pairs = [(row["paradigm"], (seen[0][1], row["reports"][-1]["objective"])) for row, seen in found if seen]
 
@@ -213,13 +235,13 @@ def agreement(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def stopping(rows: Sequence[Mapping[str, Any]]) -> str:
+def stopping(setting: Setting, rows: Sequence[Mapping[str, Any]]) -> str:
     """Markdown: how much of the eventual front the scheduler would have stopped."""
     lines = [
         "| judged by | reduction | front stopped | the net alone | hypervolume kept | trials stopped | samples billed |",
         "|---" * 7 + "|",
     ]
-    for signal, label in SIGNALS.items():
+    for signal, label in setting.signals.items():
         for reduction in (2, 3):
             found = [
                 {front: replay(order, signal, reduction, front) for front in (0.75, 0.0)}
@@ -237,26 +259,30 @@ def stopping(rows: Sequence[Mapping[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--trials", type=int, default=72)
+    parser.add_argument("--setting", choices=list(SETTINGS), default="long")
     parser.add_argument("--cpu", type=float, default=35 * 60, help="stop after so many seconds of CPU")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    found = json.loads(FILE.read_text()) if FILE.exists() else {"rows": []}
+    setting = SETTINGS[options.setting]
+    found = json.loads(setting.file.read_text()) if setting.file.exists() else {"rows": []}
     rows = found["rows"]
     started = time.process_time()
-    for number, recipe in enumerate(recipes(options.trials)):
+    for number, recipe in enumerate(recipes(setting, options.trials)):
         if number < len(rows):
             continue
         if time.process_time() - started > options.cpu:
             break
         before = time.process_time()
-        row = measure(recipe)
+        row = measure(setting, recipe)
         rows.append({"number": number, "cpu_s": round(time.process_time() - before, 1), **row})
         text = ",\n".join(json.dumps(row, separators=(",", ":")) for row in rows)
-        FILE.write_text(f'{{"environment": {json.dumps(environment())}, "scored": {json.dumps(SCORED)}, "rows": [\n{text}\n]}}\n')
+        setting.file.write_text(f'{{"environment": {json.dumps(environment())}, "scored": {json.dumps(SCORED)}, "rows": [\n{text}\n]}}\n')
         last = row["reports"][-1]["objective"] if row["reports"] else math.nan
         print(f"{len(rows)}/{options.trials} {row['paradigm']} {last:.4f} {rows[-1]['cpu_s']} s", flush=True)
     finished = [row for row in rows if row["ended"] == "finished"]
-    print(f"{len(rows)} trials, {len(rows) - len(finished)} diverged", agreement(finished), stopping(finished), sep="\n\n")
+    print(
+        f"{len(rows)} trials, {len(rows) - len(finished)} diverged", agreement(setting, finished), stopping(setting, finished), sep="\n\n"
+    )
 
 
 if __name__ == "__main__":

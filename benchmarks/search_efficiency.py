@@ -119,6 +119,7 @@ COLUMNS = {
     "unstopped_no_cache": Column("no stopping, no cache", {"scheduler": "none", "cache": False}),
     "random": Column("random in place of TPE", {"sampler": "random"}),
     "floor": Column("with a floor of 0.5", {"floor": 0.5}),
+    "no_rounds": Column("rounds are no results", {"rounds": False}),
     "uncovered": Column("no covering of the space first", uncovered=True),
     "promote": Column("promotion in place of stopping", {"scheduler": {"name": "pareto_halving", "variant": "promote"}}),
     "rates": Column(

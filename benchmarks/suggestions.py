@@ -119,14 +119,20 @@ def speed(space: Space, rows: list[Any], name: str) -> list[float]:
     return found
 
 
-def search(space: Space, size: int, seed: int) -> float:
-    """Hypervolume of a search, density in its logarithm."""
+def points_of(space: Space, seed: int, trials: int, *, size: int = FIT_SET) -> list[tuple[float, float]]:
+    """(accuracy, logarithm of 1 / density) of the trials of a search."""
     proposer = Proposer(tables.sampler.choose("tpe"), space, directions=TWO, seed=seed, fit_set=size)
     points = []
-    for index in range(TRIALS):
+    for index in range(trials):
         values = quality(proposer.ask(index))
         proposer.tell(index, TrialState.COMPLETE, values, {})
         points.append((values[0], -math.log10(values[1])))
+    return points
+
+
+def search(space: Space, size: int, seed: int) -> float:
+    """Hypervolume of a search, density in its logarithm."""
+    points = points_of(space, seed, TRIALS, size=size)
     best = [p for p in set(points) if not any(q[0] >= p[0] and q[1] >= p[1] and q != p for q in points)]
     return hypervolume(best, (0.0, 0.0))
 

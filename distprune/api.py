@@ -116,12 +116,12 @@ def search(
 
         if address is not None:
             raise UserError(f"A simulated search runs in this process and needs no cluster, got address {address!r}. Leave it out.")
-        return Result(driver.simulate(found, recorded=Recorded(simulate), workers=workers, listen=listen).path)
+        return Result(driver.simulate(found, recorded=Recorded(simulate), workers=workers, listen=listen))
     if workers is not None:
         raise UserError(f"workers are those of a simulated search, got {workers}. Write workers: {{most: {workers}}} in the file.")
     from distprune.search.runner import Ray
 
-    return Result(driver.start(found, engine=Ray(address, listen), listen=listen).path)
+    return Result(driver.start(found, engine=Ray(address, listen), listen=listen))
 
 
 def resume(
@@ -132,7 +132,7 @@ def resume(
     from distprune.search import driver
     from distprune.search.runner import Ray
 
-    return Result(driver.resume(path, limits=limits or {}, engine=Ray(address, listen), listen=listen).path)
+    return Result(driver.resume(path, limits=limits or {}, engine=Ray(address, listen), listen=listen))
 
 
 def replay(path: str | Path, trial: int, *, device: str | None = None, listen: "Listener" = quiet) -> "Replay":
@@ -192,6 +192,7 @@ def check(config: str | Path) -> list[str]:
     """Validate a recipe or a search without starting anything; returns lines that say what it is. Raises UserError for what is wrong."""
     from distprune.search.config import Search
     from distprune.search.setup import check_cache, check_machine, check_storage, set_up
+    from distprune.store.folder import RunFolder
 
     value = read_yaml(config)
     if "paradigm" in value:
@@ -202,8 +203,8 @@ def check(config: str | Path) -> list[str]:
     setup = set_up(found)
     check_cache(found)
     notes = []
-    if found.folder.exists():
-        notes.append(f"{found.folder} exists already: a new search wants another name, --name NAME.")
+    if (folder := RunFolder(found.folder, found.url)).is_there:
+        notes.append(f"{folder} exists already: a new search wants another name, --name NAME.")
     try:
         check_machine(found)
     except UserError as error:

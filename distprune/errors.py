@@ -9,6 +9,14 @@ class UserError(ValueError):
     """Something the user wrote cannot be done. The command line prints it as one line and exits with code 2."""
 
 
+class TakenOver(BaseException):
+    """Another driver goes on with this search. No Exception: no engine between a driver and its book is to catch it and go on."""
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, taken as Ctrl-C is: whoever ends this process wants to go on later."""
+
+
 def command(arguments: str) -> str:
     """A distprune command as this user types it: under `uv run`, no `distprune` is on the path."""
     return f"{'uv run ' if 'UV_RUN_RECURSION_DEPTH' in os.environ else ''}distprune {arguments}"

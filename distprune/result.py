@@ -11,6 +11,7 @@ from distprune.core.config import read_yaml
 from distprune.core.masks import Masks
 from distprune.errors import UserError, command
 from distprune.store.folder import RunFolder
+from distprune.store.place import is_url
 from distprune.store.trials import read_trials
 
 if TYPE_CHECKING:
@@ -46,13 +47,13 @@ class TrialResult:
         """Check what its mask knows besides its layer budgets. Raises UserError if it has none."""
         from distprune.api import sanity
 
-        return sanity(self.folder.path, trial=self.number, seeds=seeds, device=device)
+        return sanity(str(self.folder), trial=self.number, seeds=seeds, device=device)
 
     def replay(self, *, device: str | None = None) -> "Replay":
         """Run it again from nothing and compare it with its record. Raises UserError if it cannot be replayed."""
         from distprune.api import replay
 
-        return replay(self.folder.path, self.number, device=device)
+        return replay(str(self.folder), self.number, device=device)
 
     def export(self, to: str | Path) -> Path:
         """Write masks, pruned weights, a stand-alone model and a manifest to the new folder `to`; UserError if no weights are left."""
@@ -67,15 +68,15 @@ class TrialResult:
 class Result:
     """What a search found."""
 
-    def __init__(self, path: str | Path) -> None:
-        """Raises UserError if `path` is not a run folder."""
-        self.folder = RunFolder.existing(path)
+    def __init__(self, path: str | Path | RunFolder) -> None:
+        """Raises UserError if `path` is not a run folder or the URL of a run, of which a copy is read as it is now."""
+        self.folder = path if isinstance(path, RunFolder) else RunFolder.existing(path)
 
     @property
     def trials(self) -> "pa.Table":
         """A row a trial; while the search runs, some seconds old. Raises UserError if no trial has begun yet."""
         if not self.folder.trials.exists():
-            raise UserError(f"{self.folder.path} has no trials yet. Wait, or go on with: {command(f'resume {self.folder.path}')}")
+            raise UserError(f"{self.folder} has no trials yet. Wait, or go on with: {command(f'resume {self.folder.quoted}')}")
         return read_trials(self.folder.trials)
 
     def rows(self) -> list[TrialResult]:
@@ -86,7 +87,7 @@ class Result:
         """The trial of that number. Raises UserError if there is none."""
         rows = self.rows()
         if not 0 <= number < len(rows):
-            raise UserError(f"{self.folder.path} has no trial {number}. Its trials are 0 to {len(rows) - 1}.")
+            raise UserError(f"{self.folder} has no trial {number}. Its trials are 0 to {len(rows) - 1}.")
         return rows[number]
 
     def pareto(self) -> list[TrialResult]:
@@ -114,7 +115,7 @@ class Result:
             what = "a finished trial" if max_density is None else f"a trial that keeps at most {max_density:.1%} of the weights"
         if not chosen:
             numbers = ", ".join(f"{row.number} ({1 - row.row['sparsity']:.1%})" for row in front)
-            raise UserError(f"{self.folder.path} has no {what.removeprefix('a ')}. Its front (kept weights): {numbers or 'empty'}.")
+            raise UserError(f"{self.folder} has no {what.removeprefix('a ')}. Its front (kept weights): {numbers or 'empty'}.")
         return chosen[0]
 
 
@@ -139,6 +140,8 @@ def found_masks(path: str | Path, trial: int | None = None) -> FoundMasks:
 
     Raises UserError if there are none.
     """
+    if is_url(path):
+        return _of_trial(Result(path), trial)
     path = Path(path)
     if (path / "manifest.json").is_file():
         if trial is not None:
@@ -167,7 +170,7 @@ def _of_trial(result: Result, trial: int | None) -> FoundMasks:
     if trial is None:
         pruned = [row for row in result.pareto() if row.row["sparsity"]]
         if not pruned:
-            raise UserError(f"{result.folder.path} has no pruned trial on its front (kept weights): {front}. There is no mask to check.")
+            raise UserError(f"{result.folder} has no pruned trial on its front (kept weights): {front}. There is no mask to check.")
         trial = pruned[0].number
     chosen = result.best(trial=trial)
     if chosen.row["sparsity"] == 0:
@@ -175,5 +178,5 @@ def _of_trial(result: Result, trial: int | None) -> FoundMasks:
     if not result.folder.masks_file(trial).is_file():
         raise UserError(f"Trial {trial} has no masks: only trials on the front keep them, once the search has ended. The front: {front}.")
     threads = read_yaml(result.folder.search_yaml).get("search", {}).get("workers", {}).get("cpus")
-    name = f"trial {trial} of {result.folder.path}"
+    name = f"trial {trial} of {result.folder}"
     return FoundMasks(name, chosen.recipe, chosen.masks, float(chosen.row["objective"]), threads)

@@ -15,14 +15,23 @@ app = typer.Typer(
 )
 
 Config = Annotated[Path, typer.Argument(help="YAML file.", show_default=False)]
-RunArgument = Annotated[Path, typer.Argument(help="Run folder, such as runs/digits.", show_default=False)]
-Address = Annotated[str | None, typer.Option(help="Address of a Ray cluster; by default Ray starts on this machine.", show_default=False)]
+RunArgument = Annotated[str, typer.Argument(help="Run folder, such as runs/digits, or its URL.", show_default=False)]
+Address = Annotated[
+    str | None,
+    typer.Option(
+        help="Ray cluster to join, as one of its machines: HEAD:6379, or auto. By default Ray starts on this machine.", show_default=False
+    ),
+]
 Head = Annotated[str, typer.Option("--address", help="Ray dashboard, such as http://HEAD:8265.", show_default=False)]
+Job = Annotated[str, typer.Argument(help="Job id, as submit printed it.", show_default=False)]
+Pip = Annotated[Path | None, typer.Option(help="Requirements file, all pinned, that each node installs by pip.", show_default=False)]
+Uv = Annotated[Path | None, typer.Option(help="The same, installed by uv.", show_default=False)]
+Follow = Annotated[bool, typer.Option(help="Show the job's output until it ends, and return its exit code.")]
 Trials = Annotated[int | None, typer.Option(help="How many trials there are in the end.", show_default=False)]
 Cost = Annotated[float | None, typer.Option(help="Billed samples of all trials together.", show_default=False)]
 Wall = Annotated[float | None, typer.Option(help="Seconds.", show_default=False)]
 Name = Annotated[str | None, typer.Option(help="Name of the run folder, in place of the file's.", show_default=False)]
-Storage = Annotated[str | None, typer.Option(help="Folder of run folders, in place of the file's.", show_default=False)]
+Storage = Annotated[str | None, typer.Option(help="Folder of run folders or URL, in place of the file's.", show_default=False)]
 
 
 @app.command()
@@ -33,7 +42,7 @@ def search(
     trials: Trials = None,
     address: Address = None,
     simulate: Annotated[
-        Path | None, typer.Option(help="Run folder whose finished trials answer for this search's: nothing is trained.", show_default=False)
+        str | None, typer.Option(help="Run folder whose finished trials answer for this search's: nothing is trained.", show_default=False)
     ] = None,
     workers: Annotated[int | None, typer.Option(help="Trials at once of a simulated search.", show_default=False)] = None,
 ) -> None:
@@ -50,12 +59,38 @@ def search(
 
 
 @app.command()
-def resume(run: RunArgument, trials: Trials = None, cost: Cost = None, wall: Wall = None, address: Address = None) -> None:
-    """Go on with an interrupted search, or extend a finished one."""
+def resume(
+    run: Annotated[
+        str,
+        typer.Argument(
+            help="Run folder, such as runs/digits, or URL of a run. With a dashboard's address: a job's id, or a run there.",
+            show_default=False,
+        ),
+    ],
+    trials: Trials = None,
+    cost: Cost = None,
+    wall: Wall = None,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            help="Ray cluster to join: HEAD:6379, or auto. A dashboard, such as http://HEAD:8265, gets a new job.", show_default=False
+        ),
+    ] = None,
+    pip: Pip = None,
+    uv: Uv = None,
+    follow: Follow = True,
+) -> None:
+    """Go on with an interrupted search, or extend a finished one: here, or as a new job of a cluster."""
+    limits = {key: value for key, value in {"trials": trials, "cost": cost, "wall": wall}.items() if value is not None}
+    if address is not None and address.startswith("http"):
+        from distprune.cli import jobs
+
+        raise typer.Exit(jobs.resume(run, address=address, limits=limits, environment=jobs.Environment(pip, uv), follow=follow))
+    if pip or uv or not follow:
+        raise typer.BadParameter("--pip, --uv and --no-follow are for a job: give the dashboard, --address http://HEAD:8265")
     from distprune import api
     from distprune.cli.progress import Display
 
-    limits = {key: value for key, value in {"trials": trials, "cost": cost, "wall": wall}.items() if value is not None}
     with Display() as display:
         result = api.resume(run, limits=limits, address=address, listen=display)
     display.close_with(result)
@@ -149,7 +184,7 @@ def replay(
 
 @app.command()
 def sanity(
-    run: Annotated[Path, typer.Argument(help="Run folder, or the folder of an export.", show_default=False)],
+    run: Annotated[str, typer.Argument(help="Run folder or its URL, or the folder of an export.", show_default=False)],
     trial: Annotated[
         int | None, typer.Option(help="Number in the Pareto table; by default the best pruned one on validation.", show_default=False)
     ] = None,
@@ -171,29 +206,59 @@ def submit(
     name: Name = None,
     storage: Storage = None,
     trials: Trials = None,
-    follow: Annotated[bool, typer.Option(help="Show the job's output until it ends.")] = True,
+    pip: Pip = None,
+    uv: Uv = None,
+    follow: Follow = True,
 ) -> None:
     """Submit a search to a Ray cluster as a job."""
     from distprune.cli import jobs
 
-    raise typer.Exit(jobs.submit(config, address=address, name=name, storage=storage, trials=trials, follow=follow))
+    environment = jobs.Environment(pip, uv)
+    code = jobs.submit(config, address=address, name=name, storage=storage, trials=trials, environment=environment, follow=follow)
+    raise typer.Exit(code)
 
 
 @app.command()
-def status(job: Annotated[str, typer.Argument(help="Job id, as submit printed it.", show_default=False)], address: Head) -> None:
-    """Show a submitted job and follow its output until it ends."""
+def status(
+    address: Head,
+    job: Annotated[
+        str | None, typer.Argument(help="Job id, as submit printed it; by default all that distprune submitted.", show_default=False)
+    ] = None,
+) -> None:
+    """Show in which state a submitted job is, or all of them."""
     from distprune.cli import jobs
 
-    raise typer.Exit(jobs.follow(job, address=address))
+    raise typer.Exit(jobs.status(job, address=address))
+
+
+@app.command()
+def logs(
+    job: Job,
+    address: Head,
+    tail: Annotated[int | None, typer.Option(help="Begin with the last lines, that many.", show_default=False)] = None,
+    follow: Follow = True,
+) -> None:
+    """Show the output of a job. Ctrl-C ends the showing, never the job."""
+    from distprune.cli import following
+
+    raise typer.Exit(following.logs(job, address=address, tail=tail, follow=follow))
+
+
+@app.command()
+def stop(job: Job, address: Head) -> None:
+    """Stop a job and wait until it has; it can be resumed."""
+    from distprune.cli import jobs
+
+    raise typer.Exit(jobs.stop(job, address=address))
 
 
 @app.command()
 def fetch(
-    job: Annotated[str, typer.Argument(help="Job id, as submit printed it.", show_default=False)],
+    job: Job,
     address: Head,
     to: Annotated[Path, typer.Option(help="Folder that receives the run folder.")] = Path("runs"),
 ) -> None:
-    """Bring the run folder of a submitted search here."""
-    from distprune.cli import jobs
+    """Bring the run folder of a submitted search here. A fetch that broke off goes on where it was."""
+    from distprune.cli import fetching
 
-    print(f"fetched to {jobs.fetch(job, address=address, to=to)}")
+    print(f"fetched to {fetching.fetch(job, address=address, to=to)}")

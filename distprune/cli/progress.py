@@ -1,16 +1,25 @@
 """Progress of a search on the terminal: one live line where there is a terminal, a line every few seconds elsewhere."""
 
+import signal
 import sys
+import threading
 import time
 from types import TracebackType
 from typing import Any
 
+import typer
+
 from distprune.core.costs import label
-from distprune.errors import command
+from distprune.errors import Terminated, command
 
 _PLAIN_EVERY_S = 5.0
 
 PLURAL = {"criterion": "criteria", "granularity": "granularities"}
+
+
+def _terminate(number: int, frame: Any) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: tables are being closed
+    raise Terminated
 
 
 class Display:
@@ -22,15 +31,22 @@ class Display:
         self._folder: Any = None
         self._costs: list[str] = []  # that are minimized
         self._held = 0  # trials that had ended before this driver began
+        self._before: Any = signal.SIG_DFL  # what SIGTERM did
 
     def __enter__(self) -> "Display":
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGTERM, _terminate) or signal.SIG_DFL
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._live:
             print("\r\033[K", end="", flush=True)
-        if kind is KeyboardInterrupt and self._folder is not None:
-            print(f"Interrupted; nothing is lost. Go on with: {command(f'resume {self._folder}')}", flush=True)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._before)
+        if kind in (KeyboardInterrupt, Terminated) and self._folder is not None:
+            print(f"Interrupted; nothing is lost. Go on with: {command(f'resume {self._folder.quoted}')}", flush=True)
+        if kind is Terminated:
+            raise typer.Exit(143) from None  # what a shell says of a process that SIGTERM has ended
 
     def __call__(self, event: str, facts: dict[str, Any]) -> None:
         getattr(self, f"_on_{event}")(**facts)
@@ -47,20 +63,26 @@ class Display:
     def _on_disk(self, message: str) -> None:
         print(f"\r\033[K{message}" if self._live else message, flush=True)
 
+    _on_nodes = _on_disk
+
+    _on_database = _on_disk
+
+    _on_storage = _on_disk
+
     def _on_gave_up(self, reason: str, folder: Any) -> None:
         print(f"\r\033[KStopped early: {reason}" if self._live else f"Stopped early: {reason}")
-        print(f"Nothing is lost. When it is put right, go on with: {command(f'resume {folder.path}')}", flush=True)
+        print(f"Nothing is lost. When it is put right, go on with: {command(f'resume {folder.quoted}')}", flush=True)
 
     def _on_running(self, setup: Any, found: dict[str, int], folder: Any) -> None:
         search = setup.search
-        self._folder, self._held = folder.path, found["ended"] + found["told now"]
+        self._folder, self._held = folder, found["ended"] + found["told now"]
         self._costs = [label(cost) for cost in search.minimize]
         sizes = ", ".join(f"{len(candidates)} {PLURAL.get(axis, axis + 's')}" for axis, candidates in setup.space.axes.items())
         print(f"space: {sizes}; {setup.total:,} prunable weights")
         print(f"{search.limits.trials} trials of about {setup.mean_cost:,} samples, less what is stopped")
         if any(found.values()):
             print("found: " + ", ".join(f"{count} {kind}" for kind, count in found.items()))
-        print(f"results go to {folder.path}", flush=True)
+        print(f"results go to {folder}", flush=True)
 
     def _on_finalists(self, repeats: int) -> None:
         print(f"\r\033[K{repeats} repeats of finalists" if self._live else f"{repeats} repeats of finalists", flush=True)

@@ -82,6 +82,7 @@ def walk(plan: Plan, state: State, env: Env, *, arriving: bool = False) -> Itera
             report = next(work, _END)
         if report is _END:
             return
+        env.task.ranks.align(state)
         yield report  # type: ignore[misc]
 
 

@@ -2,7 +2,7 @@
 
 Where memory is short, the gradient of a step is summed over parts of its batch (`Task.micro_batch`) and is the mean over the batch all the
 same, up to rounding; hooks see it once and whole. Only batch normalisation, which takes its statistics from what passes through it at
-once, sees the parts, and dropout draws for each part anew.
+once, sees the parts, and dropout draws for each part anew. On several processes each has its share of the batch (`ranks.py`).
 """
 
 import math
@@ -80,18 +80,21 @@ def _backward(state: "State", env: "Env", batch: Any) -> torch.Tensor:
     """Add the gradient of the mean loss over a batch to the parameters' and return that loss, part by part where memory is short."""
     task, samples = env.task, env.task.samples(batch)
     losses = []
-    for index, part in enumerate(task.parts(batch)):
-        if index:
-            env.seed_global(stream_seed(env.seed, "noise", state.lap, state.clock, index))
-        size = task.samples(part)
-        with fits(size):
-            with env.autocast():
-                loss = task.loss(state.model, part)
-            if size < samples:
-                loss = loss * (size / samples)
-            loss.backward()  # type: ignore[no-untyped-call]
-        losses.append(loss.detach())
-    return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+    with task.ranks.normalising(state.model):
+        for index, part in task.share(batch):
+            if index:
+                env.seed_global(stream_seed(env.seed, "noise", state.lap, state.clock, index))
+            size = task.samples(part)
+            with fits(size):
+                with env.autocast():
+                    loss = task.loss(state.model, part)
+                if size < samples:
+                    loss = loss * (size / samples)
+                loss.backward()  # type: ignore[no-untyped-call]
+            losses.append(loss.detach())
+    if task.ranks.size > 1:  # what is drawn from now on is drawn alike
+        env.seed_global(stream_seed(env.seed, "noise", state.lap, state.clock))
+    return task.ranks.total(state.model, losses[0] if len(losses) == 1 else torch.stack(losses).sum())
 
 
 def _check_finite(losses: list[torch.Tensor], state: "State") -> None:

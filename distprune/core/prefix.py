@@ -239,6 +239,7 @@ def shared_keys(
     *,
     device: torch.device | str,
     threads: int,
+    ranks: int = 1,
     report_every: str,
     rungs: Sequence[float] = (),
     least: int | None = None,
@@ -248,7 +249,7 @@ def shared_keys(
     The bill is the most that it can be.
     """
     every = max(to_steps(report_every, steps_per_epoch=steps_per_epoch), 1)
-    root = root_key(recipe, torch.device(device), threads)
+    root = root_key(recipe, torch.device(device), threads, ranks)
     prefixes = Prefixes(root, recipe.plan(steps_per_epoch), every)
     least = worth(steps_per_epoch, recipe.train.batch_size) if least is None else least
     return [(prefixes.key(position), position.most) for position in prefixes.stops(rungs, least)]

@@ -4,6 +4,7 @@ import functools
 import json
 import math
 import platform
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,16 +39,20 @@ class Run:
     @property
     def key(self) -> str:
         """The content key of the finished recipe."""
-        return keys(root_key(self.recipe, self.env.device), self.plan)[-1]
+        return keys(root_key(self.recipe, self.env.device, ranks=self.env.task.ranks.size), self.plan)[-1]
 
 
-def prepare(recipe: Recipe, *, device: torch.device | str = "cpu", report_every: str | None = None) -> Run:
+Share = Callable[[Choice, Callable[[], Dataset]], Dataset]  # how processes come by a data set together: (which, what reads it)
+
+
+def prepare(recipe: Recipe, *, device: torch.device | str = "cpu", report_every: str | None = None, share: Share | None = None) -> Run:
     """Load the data, build the network and the plan. Raises UserError for whatever in the recipe cannot be done.
 
     Reports come every `report_every`, a length; by default every epoch, or every few where a training has more than a hundred of them.
+    `share` is how the data is read once for several processes.
     """
     device = _device(device)
-    dataset = load_data(recipe.data)
+    dataset = load_data(recipe.data, share)
     task: Task = recipe.task(dataset).to(device)
     per_epoch = task.steps_per_epoch(recipe.train.batch_size)
     build = functools.partial(build_model, recipe.model, task.shape, task.classes)
@@ -136,21 +141,26 @@ def build_model(choice: Choice, shape: tuple[int, int, int], classes: int) -> to
 _LOADED: dict[str, Dataset] = {}  # the latest data set: a worker runs many trials on the same one
 
 
-def load_data(choice: Choice) -> Dataset:
+def load_data(choice: Choice, share: Share | None = None) -> Dataset:
     """The data set of a choice, loaded once for all trials of a process."""
     text = json.dumps(choice.plain(), sort_keys=True)
     if text not in _LOADED:
-        try:
-            dataset = choice()
-        except UserError:
-            raise
-        except Exception as error:  # a user's function may raise anything
-            raise UserError(f"data '{choice.name}' cannot be loaded: {type(error).__name__}: {error}") from error
-        if not isinstance(dataset, Dataset):
-            raise UserError(f"data '{choice.name}' must return a distprune.Dataset, got {type(dataset).__name__}.")
+        dataset = share(choice, lambda: _read_data(choice)) if share else _read_data(choice)
         _LOADED.clear()
         _LOADED[text] = dataset
     return _LOADED[text]
+
+
+def _read_data(choice: Choice) -> Dataset:
+    try:
+        dataset = choice()
+    except UserError:
+        raise
+    except Exception as error:  # a user's function may raise anything
+        raise UserError(f"data '{choice.name}' cannot be loaded: {type(error).__name__}: {error}") from error
+    if not isinstance(dataset, Dataset):
+        raise UserError(f"data '{choice.name}' must return a distprune.Dataset, got {type(dataset).__name__}.")
+    return dataset
 
 
 @functools.cache
@@ -172,12 +182,13 @@ def hardware(device: torch.device) -> str:
     return _processor()
 
 
-def root_key(recipe: Recipe, device: torch.device, threads: int | None = None) -> str:
+def root_key(recipe: Recipe, device: torch.device, threads: int | None = None, ranks: int = 1) -> str:
     """The key of a recipe's network before the first stage: all that the bits depend on besides the stages.
 
-    `threads` are those of the process that runs it, by default of this one.
+    `threads` are those of the process that runs it, by default of this one; `ranks` processes that share its batches round otherwise.
     """
-    counted = {"sparsity_of": recipe.sparsity_of} if recipe.sparsity_of != PARAMS else {}
+    counted: dict[str, Any] = {"sparsity_of": recipe.sparsity_of} if recipe.sparsity_of != PARAMS else {}
+    counted |= {"ranks": ranks} if ranks > 1 else {}
     return digest(
         {
             **counted,

@@ -16,6 +16,7 @@ from distprune.core.costs import price
 from distprune.core.edits import structure
 from distprune.core.masks import Masks, prunable
 from distprune.core.metrics import Profile, flops, profile, shapes_of
+from distprune.core.ranks import ALONE, Ranks
 from distprune.core.registry import PARAMS, Choice
 from distprune.core.streams import global_stream
 from distprune.core.units import Network, Units
@@ -65,6 +66,7 @@ class State:
     lap: int = 0  # times that the clock was set back
     reports: int = 0  # reports made so far
     sparsity_of: Choice = PARAMS  # the cost that budgets are a share of; no part of what is saved, like the network as it was built
+    ranks: Ranks = ALONE  # the processes of the run; no part of what is saved either
 
     @classmethod
     def new(
@@ -133,7 +135,7 @@ class State:
     @torch.no_grad()
     def set_masks(self, masks: Masks) -> None:
         """The one place where masks change: removed weights and what the optimizer remembers of them become exactly zero."""
-        self.masks = masks
+        self.masks = self.ranks.agree(masks)
         self._refresh()
         self.zero_removed()
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from distprune.core.allocation import Unsplittable
+from distprune.core.ranks import ALONE, Ranks
 from distprune.errors import UserError
 
 SplitName = Literal["train", "validation", "test"]
@@ -18,13 +19,15 @@ class Task(ABC):
     """Batches, a loss and metrics. `objective` names the metric by which trials are compared.
 
     `micro_batch` is the most samples that may be in one pass through the network, None for no limit: it is set where memory is short, and
-    is no part of a recipe, as the bill stays what it is and numbers differ by rounding, but for what batch normalisation sees.
+    is no part of a recipe, as the bill stays what it is and numbers differ by rounding, but for what batch normalisation sees. `ranks` are
+    the processes that share the batches of a training.
     """
 
     objective: str
     direction: Literal["maximize", "minimize"]
     bounds: tuple[float, float] = (-math.inf, math.inf)  # that the objective lies in
     micro_batch: int | None = None
+    ranks: Ranks = ALONE
 
     @property
     @abstractmethod
@@ -62,6 +65,17 @@ class Task(ABC):
         if self.micro_batch is None or samples <= self.micro_batch:
             return [batch]
         return self.split(batch, math.ceil(samples / self.micro_batch))
+
+    def share(self, batch: Any) -> list[tuple[int, Any]]:
+        """(number among those of all ranks, part) of what this process trains on: as many parts on each rank, all of them on one alone."""
+        size, samples = self.ranks.size, self.samples(batch)
+        if size == 1:
+            return list(enumerate(self.parts(batch)))
+        if samples < size:
+            raise UserError(f"A batch of {samples} cannot be shared by {size} ranks. Write workers.ranks: 1, or raise train.batch_size.")
+        own = self.split(batch, size)[self.ranks.rank]
+        parts = math.ceil(math.ceil(samples / size) / self.micro_batch) if self.micro_batch else 1
+        return [(self.ranks.rank * parts + index, part) for index, part in enumerate(self.split(own, parts) if parts > 1 else [own])]
 
     def split(self, batch: Any, parts: int) -> list[Any]:
         """That many batches which make up `batch`. Raises Unsplittable where a batch is one whole."""

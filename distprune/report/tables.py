@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from distprune.core.config import read_yaml
 from distprune.core.stages import Prune
 from distprune.core.state import TRAINING
 from distprune.errors import command
@@ -31,7 +32,7 @@ def show(table: Any) -> None:
 
 def front_table(result: "Result") -> Table:
     """The Pareto front: the most accurate first."""
-    table = Table(title=f"Pareto front of {result.folder.path}", title_justify="left")
+    table = Table(title=f"Pareto front of {result.folder}", title_justify="left")
     front = result.pareto()
     axes = [axis for axis in _AXES if axis != "granularity" or {trial.row[axis] for trial in front} - {"weight", None}]
     for name in _NUMBERS:
@@ -67,10 +68,12 @@ def ends_line(result: "Result") -> str:
     rows = result.trials.to_pylist()
     ends = Counter(row["ended"] for row in rows)
     text = ", ".join(f"{count} {end}" for end, count in ends.most_common())
-    billed, spent = sum(row["cost"] or 0 for row in rows), sum(row["spent"] or 0 for row in rows)
-    saved = sum(row["saved"] or 0 for row in rows)
+    own = [row for row in rows if row["round_of"] is None]  # others were billed as rounds of their trials
+    billed, spent = sum(row["cost"] or 0 for row in own), sum(row["spent"] or 0 for row in rows)
+    saved = sum(row["saved"] or 0 for row in own)
     shared = f" Shared work saved {saved:,.0f}." if saved else ""
-    return f"{len(rows)} trials: {text}. {billed:,.0f} samples billed, {spent:,.0f} run (scoring at rungs included).{shared}"
+    rounds = f" {len(rows) - len(own)} of them are rounds of others." if len(own) < len(rows) else ""
+    return f"{len(rows)} trials: {text}.{rounds} {billed:,.0f} samples billed, {spent:,.0f} run (scoring at rungs included).{shared}"
 
 
 def infeasible(result: "Result") -> list[str]:
@@ -99,22 +102,32 @@ def simulated_lines(result: "Result") -> list[str]:
     ]
 
 
+def _study(result: "Result") -> str:
+    """Where the trials' study is."""
+    facts = read_yaml(result.folder.search_yaml)
+    if "study" not in facts:
+        return str(result.folder.journal)
+    return f"study '{facts['study']['name']}' in {facts['search']['study']}"
+
+
 def show_result(result: "Result") -> None:
     """The front, how trials ended, where the results lie, and the commands that come next."""
     show(front_table(result))
-    path = result.folder.path
+    folder, path = result.folder, result.folder.path
     print(ends_line(result))
     for line in [*infeasible(result), *failures(result), *(simulated := simulated_lines(result))]:
         print(line)
+    results = f"The run is at {folder}. Its copy here" if folder.url else "Results"
     if simulated:
-        print(f"Results: {path}/trials.parquet, {path}/study.journal (opens in optuna-dashboard)")
+        print(f"{results}: {path}/trials.parquet, {path}/study.journal (opens in optuna-dashboard)")
         return
-    print(f"Results: {path}/trials.parquet, {path}/masks/, {path}/study.journal (opens in optuna-dashboard)")
+    print(f"{results}: {path}/trials.parquet, {path}/masks/, {_study(result)} (opens in optuna-dashboard)")
     print("Next:")
     if result.pareto():
-        print(f"  {command(f'export {path} --to exported/{path.name}')}")
-    proposed = sum(row["repeat_of"] is None for row in result.trials.to_pylist())  # repeats of finalists are beyond the limit
-    print(f"  {command(f'resume {path} --trials {2 * max(proposed, 1)}')}")
+        print(f"  {command(f'export {folder.quoted} --to exported/{path.name}')}")
+    rows = result.trials.to_pylist()
+    proposed = sum(row["repeat_of"] is None and row["round_of"] is None for row in rows)  # the others are beyond the limit
+    print(f"  {command(f'resume {folder.quoted} --trials {2 * max(proposed, 1)}')}")
 
 
 def plan_table(run: "Run") -> Table:

@@ -22,7 +22,7 @@ class Again:
 
     def restore(self, entries: Iterable[Entry]) -> None:
         """Start from what was proposed so far."""
-        self._times = Counter(digest(replace(entry.recipe, seed=self._seed)) for entry in entries if entry.repeat_of is None)
+        self._times = Counter(digest(replace(entry.recipe, seed=self._seed)) for entry in entries if entry.proposed)
 
     def seeded(self, recipe: Recipe) -> tuple[Recipe, int]:
         """A proposed recipe as it is to be run, and how often it was proposed before."""

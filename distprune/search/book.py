@@ -9,10 +9,12 @@ from typing import Any
 
 from distprune.core.keys import digest
 from distprune.search.again import Again
+from distprune.search.byproducts import ByProduct, ByProducts
 from distprune.search.decisions import Decisions
-from distprune.search.entry import Assignment, Entry
-from distprune.search.failures import MOST_DEATHS, MOST_SILENCES
+from distprune.search.entry import NOTED, Assignment, Entry
+from distprune.search.failures import MOST_DEATHS, MOST_SILENCES, end_of
 from distprune.search.goals import Goals
+from distprune.search.more import More
 from distprune.search.order import Order
 from distprune.search.proposer import MOST_AHEAD, Proposer
 from distprune.search.rungs import Rungs
@@ -40,6 +42,8 @@ class Book:
         out_of_time: Callable[[], bool] = lambda: False,
         again: Again | None = None,
         order: Order | None = None,
+        more: More | None = None,
+        byproducts: ByProducts | None = None,
     ) -> None:
         self._proposer, self.rungs, self._decisions = proposer, rungs, Decisions(goals, rungs, most_wall=most_wall)
         self._truth, self._reports = truth, reports
@@ -51,8 +55,11 @@ class Book:
         self._first_of: dict[str, int] = {}  # recipe identity -> the trial that runs it
         self._repetitions = 0  # recipes proposed in a row that were proposed before
         self._turns = 0  # trials told so far
-        self._again, self._order = again or Again(), order or Order()
-        self._proposed = 0  # trials that were proposed: all but repeats of finalists
+        self._again, self._order, self._more = again or Again(), order or Order(), more or More()
+        self._proposed = 0  # trials that were proposed
+        self._byproducts = byproducts
+        self._found: list[ByProduct] = []  # what ended trials came by, and no trial has yet
+        self._rounds: set[str] = set()  # identities of those that a trial has
         self._busy: set[int] = set()  # trials that were given to a worker and have not ended
         self._finale: list[tuple[Entry, int]] = []  # repeats of finalists that are still to be begun: (original, repeat)
         self._in_finale = False
@@ -71,6 +78,8 @@ class Book:
             return None
         if self._requeued:
             return self._assign(self._begun_before(self._requeued.pop(0)))
+        if (found := self._born_of_a_round()) is not None:
+            return self._assign(found)
         if (promoted := self.rungs.promotable()) is not None:
             self._decisions.leave_rung(self.entries[promoted])
             return self._assign(self._begun_before(promoted))
@@ -113,7 +122,7 @@ class Book:
         number, place = len(self.entries), self._proposed
         proposal = self._proposer.ask(number, place=place, last=place == self._most - 1)
         recipe, repeat = self._again.seeded(proposal.recipe)
-        entry = Entry(number, recipe, digest(recipe), params=proposal.params, closes=proposal.closes, repeat=repeat)
+        entry = Entry(number, recipe, digest(recipe), params=proposal.params, spared=proposal.spared, repeat=repeat)
         self._record(entry, proposal.distributions, proposal.system_attrs)
         return entry
 
@@ -124,11 +133,32 @@ class Book:
         self._record(entry, distributions, {})
         return entry
 
+    def _born_of_a_round(self) -> Entry | None:
+        """A trial of what another came by, if that is new."""
+        while self._found:
+            found = self._found.pop(0)
+            if not self._known(found.identity):
+                _, distributions = self._truth.parameters(found.number)
+                entry = Entry(len(self.entries), found.recipe, found.identity, params=found.params, round_of=found.number)
+                self._record(entry, distributions, {})
+                self._rounds.add(entry.identity)
+                return entry
+        return None
+
+    def _known(self, identity: str) -> bool:
+        """Whether a recipe was proposed, or entered as a round of another's trial."""
+        return identity in self._first_of or identity in self._rounds
+
+    def _note_rounds(self, entry: Entry) -> None:
+        """Remember what a trial that was told came by."""
+        if self._byproducts is not None and entry.proposed and entry.ended in ("finished", "stopped"):
+            self._found += self._byproducts.of(entry, self._known)
+        elif entry.round_of is not None and entry.ended == "finished":
+            self._first_of.setdefault(entry.identity, entry.number)  # another that has come to nothing answers for none
+
     def _record(self, entry: Entry, distributions: Mapping[str, Any], system_attrs: Mapping[str, Any]) -> None:
         attrs: dict[str, Any] = {"recipe": entry.recipe.plain(), "identity": entry.identity}
-        attrs |= {key: value for key in ("closes", "repeat_of", "repeat") if (value := getattr(entry, key)) not in (False, None, 0)}
-        if entry.repeat_of is not None:
-            attrs["repeat_of"] = entry.repeat_of  # trial 0 too
+        attrs |= {key: value for key in NOTED if (value := getattr(entry, key)) is not None and (value or key.endswith("_of"))}
         self._truth.born(entry.number, entry.params, distributions, attrs, system_attrs)
         self.entries.append(entry)
 
@@ -153,7 +183,7 @@ class Book:
 
     def _assign(self, entry: Entry) -> Assignment:
         self._busy.add(entry.number)
-        return Assignment(entry.number, entry.recipe, entry.reports)
+        return Assignment(entry.number, entry.recipe, entry.reports, entry.ask, judged=entry.round_of is None)
 
     # What Ray's scheduler asks.
 
@@ -161,10 +191,12 @@ class Book:
         """Take a report in and say whether the trial goes on."""
         entry: Entry = self.entries[row["trial"]]
         if entry.goes_on and row["index"] >= entry.reports:  # else a zombie's, or sent again after a restart
+            if self._more.after_end(entry, row, self._reports):  # in place of its end
+                return False
             self._reports.add(dict(row))
             self._decisions.take(entry, row)
             self._order.reached(entry.number, entry.cost)
-            if not (entry.decided or entry.owed) and (self.limit_reached if entry.repeat_of is None else self._out_of_time()):
+            if not (entry.decided or entry.owed) and (self.limit_reached if entry.proposed else self._out_of_time()):
                 entry.stopped = "limit"
             self.on_report(row)
         return entry.goes_on
@@ -183,16 +215,17 @@ class Book:
         self._decisions.time_out(entry, silent)
         return entry.decided
 
-    def finish(self, number: int, *, lost: str = "") -> None:
-        """Tell how a trial ended; `lost` says why its worker is gone without a word. Telling twice is telling once."""
+    def finish(self, number: int) -> None:
+        """Tell how a trial ended. Telling twice is telling once."""
         entry = self.entries[number]
         if entry.told:
             return
         self._busy.discard(number)
         self._order.ended(number)
-        if lost and not entry.decided:
-            entry.fail("lost", lost)
         if not entry.decided:
+            if entry.asking:
+                entry.asking = False
+                self._queue(number)
             return  # it waits at a rung, or was interrupted: it stays RUNNING in the journal and is gone on with
         self._decisions.leave_rung(entry, goes_on=False)
         ended, state, values, constraints = verdict(entry, len(self.rungs.costs), self._goals)
@@ -212,10 +245,11 @@ class Book:
         }
         if entry.repeat_of is not None:
             constraints = {**constraints, "repeat": 1.0}  # it is not to appear in a front
-        if self._truth.tell(number, state, values, constraints, attrs) and entry.repeat_of is None:
+        if self._truth.tell(number, state, values, constraints, attrs) and entry.proposed:
             self._proposer.tell(number, state, values, constraints, rung=entry.rung)
         entry.ended, entry.told, entry.owed = ended, True, False
         self._ends[ended] += 1
+        self._note_rounds(entry)
         for duplicate in entry.duplicates:
             self._tell_duplicate(self.entries[duplicate], entry)
 
@@ -225,7 +259,7 @@ class Book:
         """Note why a trial's worker died; `free` if that says nothing about the trial."""
         entry = self.entries[number]
         entry.deaths.append(cause)
-        entry.stuck += not free
+        entry.stuck += not (self._more.after_death(entry, cause, self._reports) or free)
 
     def silent(self, number: int, seconds: float) -> None:
         """Note that a trial's worker is given up for its silence."""
@@ -242,8 +276,8 @@ class Book:
             self._order.ended(number)
             self._queue(number)
         elif entry.goes_on:
-            causes = ", ".join(entry.deaths[-entry.stuck :])
-            self.finish(number, lost=f"its workers died {entry.stuck} times without a report in between: {causes}")
+            entry.fail(*end_of(entry.deaths[-entry.stuck :]))
+            self.finish(number)
         else:
             self.finish(number)
 
@@ -308,11 +342,17 @@ class Book:
             if entry.number in ends:
                 entry.owed = ends[entry.number]["ended"] == "finished" and entry.number not in finished
                 entry.told = not entry.owed
-            if entry.repeat_of is None:
+            if entry.proposed:
                 self._first(entry)
+            elif entry.round_of is not None:
+                self._rounds.add(entry.identity)
+                if entry.number in ends and ends[entry.number]["ended"] == "finished":
+                    self._first_of.setdefault(entry.identity, entry.number)
         self._again.restore(self.entries)
         for row in rows:
             entry, index = self.entries[row["trial"]], row["index"]
+            if self._more.restore(entry, row):
+                continue
             # Of a trial that was told nothing is sent again, and what is left counts; else all that lies after a lost report comes again.
             if index >= entry.reports if entry.told else index == entry.reports and not entry.decided:
                 self._decisions.went_on(entry)
@@ -323,11 +363,14 @@ class Book:
                 self._decisions.leave_rung(entry, goes_on=False)
                 entry.ended, entry.reason = end["ended"], end["reason"]
                 self._ends[entry.ended] += 1
+        for number in sorted(ends, key=lambda number: ends[number].get("turn", 0)):
+            if self.entries[number].told:
+                self._note_rounds(self.entries[number])
         self._decisions.repeated.forgive()  # a resumed search tries again
-        self._proposer.restore([trial for trial, entry in zip(trials, self.entries, strict=True) if entry.repeat_of is None])
+        self._proposer.restore([trial for trial, entry in zip(trials, self.entries, strict=True) if entry.proposed])
         counts = {"ended": sum(entry.told for entry in self.entries), "told now": 0, "queued again": 0}
         for entry in self.entries:
-            original = self.entries[self._first_of[entry.identity]] if entry.repeat_of is None else entry
+            original = self.entries[self._first_of[entry.identity]] if entry.proposed else entry
             if entry.told:
                 continue
             if original is not entry:
@@ -345,8 +388,13 @@ class Book:
         """Whether a trial is left to run."""
         if self._owed:
             return True
-        waiting = self._requeued or self._finale or self._order.waiting
+        waiting = self._requeued or self._finale or self._found or self._order.waiting
         return not self.limit_reached and (bool(waiting) or self._may_propose or any(entry.waits for entry in self.entries))
+
+    @property
+    def has_rounds(self) -> bool:
+        """Whether rounds are left to be entered, of trials that were told when nothing else was left to run."""
+        return bool(self._found) and not (self.limit_reached or self.gave_up)
 
     def open_finale(self) -> int:
         """Go over to the repeats of finalists once all that was proposed has ended; returns how many there are to be run.

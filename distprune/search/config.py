@@ -16,9 +16,15 @@ from distprune.core.recipe import Recipe
 from distprune.core.registry import Choice
 from distprune.errors import UserError
 from distprune.search import tables
+from distprune.store import place
+from distprune.store.address import check_address
+from distprune.store.copies import here
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 MOST_WORKERS = 10_000  # trials at once
+MOST_RANKS = 1024  # of a trial
+_LEAST_RESOURCE = 0.0001  # Ray's own unit
+_RAYS_OWN = ("cpu", "gpu", "memory", "object_store_memory")
 _MOST_SEED = 2**32 - 1  # that samplers take
 _MOST_SEEDS = 100  # of a finalist
 _SEARCHED = ("paradigm", "sparsity", "criterion", "allocator", "granularity", "regularizer", "seed")  # recipe keys that a space may set
@@ -65,14 +71,20 @@ class Limits:
 
 @dataclass(frozen=True, kw_only=True)
 class Workers:
-    """What one trial gets, and how many run at once."""
+    """What one trial gets, and how many run at once. Of a trial on several ranks, each gets that much."""
 
     cpus: int = 1  # threads of a trial
-    gpus: float = 0.0  # 1, 2, ... or a share of one such as 0.25
+    gpus: float = 0.0  # 1, 2, ... or a share of one such as 0.25, which is also the most of its memory that a trial may take
     most: int | None = None  # trials at once; by default as many as fit
+    memory: int | None = None  # bytes that a trial sets aside on its node; in YAML '8GB' will do
+    accelerator: str | None = None  # type of GPU, as Ray calls it: H100
+    ranks: int = 1  # processes that share the batches of one trial
+    resources: Mapping[str, float] = field(default_factory=dict)  # Ray's custom ones: {spot: 0.01}
 
     @classmethod
     def read(cls, value: Any, where: str) -> "Workers":
+        if isinstance(value, Mapping) and "memory" in value:
+            value = {**value, "memory": read_size(value["memory"], f"{where}.memory")}
         workers = cls(**read_fields(cls, value, where))
         if workers.cpus < 1:
             raise UserError(f"{where}.cpus must be at least 1, got {workers.cpus}. Leave it out for 1.")
@@ -80,7 +92,40 @@ class Workers:
             check_workers(workers.most, f"{where}.most")
         if workers.gpus < 0 or (workers.gpus > 1 and workers.gpus != int(workers.gpus)):
             raise UserError(f"{where}.gpus must be a whole number or a share below 1, got {workers.gpus}. Write 1 or 0.25.")
+        if workers.memory is not None and workers.memory < 1:
+            raise UserError(f"{where}.memory must be above 0, got {workers.memory}. Write 8GB, or leave it out to set nothing aside.")
+        if workers.accelerator is not None and not (workers.gpus and _is_word(workers.accelerator)):
+            raise UserError(
+                f"{where}.accelerator is the type of GPU that a trial gets, in one word, got {workers.accelerator!r} with gpus: "
+                f"{workers.gpus:g}. Write gpus: 1 and accelerator: H100, or leave it out."
+            )
+        if not 1 <= workers.ranks <= MOST_RANKS:
+            raise UserError(f"{where}.ranks must be in [1, {MOST_RANKS}], got {workers.ranks}. Leave it out for one process a trial.")
+        if workers.ranks > 1 and workers.gpus not in (0, 1):
+            raise UserError(
+                f"{where}.gpus is that of each rank and must be 1, or 0 for the CPU, with ranks: {workers.ranks}, got {workers.gpus:g}. "
+                "Write gpus: 1."
+            )
+        _check_resources(workers.resources, f"{where}.resources")
         return workers
+
+
+def _is_word(text: str) -> bool:
+    return bool(text) and text.isprintable() and not any(letter.isspace() for letter in text)
+
+
+def _check_resources(resources: Mapping[str, float], where: str) -> None:
+    """Raise UserError for names that are Ray's own and amounts that it does not know."""
+    for name, amount in resources.items():
+        if name.lower() in _RAYS_OWN or not _is_word(name):
+            raise UserError(
+                f"{where} are custom resources of Ray, by name, and {name!r} is none. Write cpus, gpus, memory or accelerator for those."
+            )
+        if amount < _LEAST_RESOURCE or (amount > 1 and amount != int(amount)):
+            raise UserError(
+                f"{where}.{name} must be a whole number or a share in [{_LEAST_RESOURCE}, 1], got {amount:g}. "
+                "Write 1, or 0.01 to ask for a node that has it."
+            )
 
 
 def check_workers(number: int, where: str) -> None:
@@ -152,6 +197,8 @@ class Caching:
         caching = cls(**read_fields(cls, value, where))
         if caching.path == "":
             raise UserError(f"{where}.path must be a folder or a URL, got ''. Leave it out for one in the storage.")
+        if caching.path is not None and place.is_url(caching.path) and not caching.path.startswith("file:"):
+            place.check_url(caching.path, f"{where}.path")
         if caching.size <= 0:
             raise UserError(f"{where}.size must be above 0, got {caching.size}. Write 20GB, or {where}: false for no cache.")
         return caching
@@ -199,12 +246,16 @@ class Search:
     recovery: Length | None = None  # training of the copy that is scored at a rung; by default 40it, but at most 10% of the training
     seed: int = 0  # of every trial, so that equal prefixes of trials are equal work
     cache: Caching | None = field(default_factory=Caching)  # what trials share of that work
-    storage: str = "runs"  # folder of run folders
+    rounds: bool = True  # whether networks at the ends of a trial's rounds, which the cache has, are trials of their own
+    storage: str = "runs"  # folder of run folders, or a URL such as s3://bucket/runs
+    study: str | None = None  # URL of the database that keeps the truth about trials; by default study.journal in the run folder
 
     @classmethod
     def read(cls, value: Any, where: str = "search") -> "Search":
         """From a mapping, checked but for what needs the data and the network. Raises UserError."""
         plain = dict(value) if isinstance(value, Mapping) else value
+        if isinstance(value, Mapping) and value.get("study") is not None:
+            check_address(value["study"], f"{where}.study")  # before anything else could repeat a password that is written there
         several: dict[str, Any] = {}
         for key, read in (("minimize", read_costs), ("budget", read_budgets)) if isinstance(value, Mapping) else ():
             if key in plain:
@@ -213,11 +264,8 @@ class Search:
         if not search.name or Path(search.name).name != search.name or search.name.startswith(".") or not search.name.isprintable():
             raise UserError(f"{where}.name must be the name of a new folder, got {search.name!r}. Write name: digits.")
         _check_sampler(search, where)
-        if "://" in search.storage:
-            raise UserError(
-                f"{where}.storage must be a folder, got {search.storage!r}: run folders are written in place, which object stores do not "
-                "allow. Write a mount that all nodes see; only cache.path may be a URL."
-            )
+        if place.is_url(search.storage):
+            place.check_url(search.storage, f"{where}.storage")
         if not 0 <= search.seed <= _MOST_SEED:
             raise UserError(f"{where}.seed must be in [0, {_MOST_SEED}], got {search.seed}. Leave it out for 0.")
         check_length(search.report_every, f"{where}.report_every", relative=False, zero=False)
@@ -263,17 +311,22 @@ class Search:
         return {**found, "train": {key: value for key, value in plain["train"].items() if key != "optimizer"}}
 
     @property
+    def url(self) -> str | None:
+        """The URL of the run; None for one in a folder."""
+        return place.join(self.storage, self.name) if place.is_url(self.storage) else None
+
+    @property
     def folder(self) -> Path:
-        """The run folder."""
-        return Path(os.path.expanduser(self.storage)) / self.name
+        """The run folder; of a run at a URL, the folder of this machine from which a driver writes it."""
+        return here(self.url, "runs") if self.url else Path(os.path.expanduser(self.storage)) / self.name
 
     @property
     def cache_at(self) -> str | None:
         """Folder or URL of the cache. In the storage it has a name that no search can have."""
         if self.cache is None:
             return None
-        path = self.cache.path or str(self.folder.parent / ".cache")
-        return path if "://" in path else str(Path(os.path.expanduser(path)).absolute())
+        path = self.cache.path or (place.join(self.storage, ".cache") if self.url else str(self.folder.parent / ".cache"))
+        return path if place.is_url(path) else str(Path(os.path.expanduser(path)).absolute())
 
 
 def _check_sampler(search: Search, where: str) -> None:

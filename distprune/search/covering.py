@@ -9,6 +9,7 @@ from distprune.core.options import Choices
 from distprune.search.candidates import Candidate
 from distprune.search.space import ORDER, Space, fixes_sparsity
 
+FEW = 8  # paradigms: a quarter of the trials that a search has if it says nothing
 _GOLDEN = (5**0.5 - 1) / 2
 _Place = tuple[str, str]  # an axis and the label of a candidate
 
@@ -18,9 +19,16 @@ def covering(space: Space) -> list[dict[str, Any]]:
 
     The first trial of a paradigm has the defaults of recipes and entries wherever the space has them: they are known to work, and equal
     rates make equal beginnings, which are trained once. Of a range of sparsities, densities are spread evenly in the logarithm from the
-    sparsest on, which bounds the front, by multiples of the golden ratio.
+    sparsest on, which bounds the front, by multiples of the golden ratio; where paradigms are few, the first trial of each is at the
+    sparsest: there they differ most, and those in rounds come by all others on the way.
     """
     return _Covering(space).trials()
+
+
+def spared(space: Space) -> int:
+    """How many of the first trials no rung may stop: one of each paradigm, where these are few, so that none is given up on a guess."""
+    paradigms = len(space.axes["paradigm"])
+    return paradigms if paradigms <= FEW else 0
 
 
 class _Covering:
@@ -32,6 +40,7 @@ class _Covering:
         self._waiting = {(axis, candidate.label) for axis in ORDER for candidate in space.axes[axis]}
         self._crossed = [(paradigm.label, value) for paradigm in space.axes["paradigm"] for value in values]
         self._found: list[dict[str, Any]] = []
+        self._bounds = spared(space)
 
     def trials(self) -> list[dict[str, Any]]:
         paradigms = self._space.axes["paradigm"]
@@ -64,7 +73,7 @@ class _Covering:
             found["sparsity"] = crossed[1]
             self._crossed.remove(crossed)
         if isinstance(where := options.get("density"), FloatDistribution):
-            place = sum("density" in other for other in self._found) * _GOLDEN % 1
+            place = 0.0 if defaults and self._bounds else sum("density" in other for other in self._found) * _GOLDEN % 1
             found["density"] = min(max(round(where.low * (where.high / where.low) ** place, 6), where.low), where.high)
         if defaults:
             found |= self._defaults(axes, chosen, options)

@@ -20,7 +20,7 @@ class Decisions:
         """`most_wall`: seconds that a trial may run."""
         self._goals, self._rungs, self._most_wall = goals, rungs, most_wall
         self.repeated = Repeated()
-        self.cost = 0.0  # billed samples of all trials that were proposed: repeats of finalists are beyond the search
+        self.cost = 0.0  # billed samples of all trials that were proposed: repeats of finalists are beyond the search, rounds were billed
         self.front: dict[int, Vector] = {}  # finished trials within the budget that no other such trial dominates
 
     def take(self, entry: Entry, row: Mapping[str, Any]) -> None:
@@ -37,7 +37,7 @@ class Decisions:
                 self.repeated.failed(entry.extra.get("reason", ""), row["index"])
             return
         self.repeated.went_on(row["index"])
-        if entry.repeat_of is None:
+        if entry.proposed:
             self.cost += float(row["cost"]) - entry.cost
         entry.last, entry.spent_now, entry.wall_now = dict(row), row["spent"], float(row.get("wall_s") or 0.0)
         if row["final"]:
@@ -45,13 +45,16 @@ class Decisions:
             vector = self._goals.reached(entry)
             if entry.repeat_of is not None:
                 return
-            self._rungs.finished(entry.number, entry.rung, self._goals.ranked(entry))
+            if entry.proposed:  # rounds of others have not come the same way
+                self._rungs.finished(entry.number, entry.rung, self._goals.ranked(entry))
             if self._goals.met(entry):
                 self._enter_front(entry.number, vector)
             return
         if row["score"] is not None and math.isfinite(row["score"]):
             entry.best = max(row["score"], entry.best if entry.best is not None else row["score"])
             entry.costs = entry.extra.get("costs", entry.costs)
+        if entry.round_of is not None and row["spent"] > 0 and not entry.owed:
+            entry.stopped = "cache"  # what it was to be read from is gone: it would train what nobody proposed
         if row["rung"] > entry.rung:
             entry.rung = row["rung"]
             self._compare(entry)
@@ -62,7 +65,7 @@ class Decisions:
         if entry.repeat_of is not None:
             return
         vector = None if entry.best is None else self._goals.ranked(entry)
-        if entry.closes or entry.owed:
+        if entry.spared or entry.owed:
             if vector is not None:
                 self._rungs.note(entry.number, entry.rung, vector)
         elif vector is None or not self._rungs.goes_on(entry.number, entry.rung, vector):

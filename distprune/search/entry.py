@@ -3,11 +3,16 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from optuna.trial import FrozenTrial
 
 from distprune.core.recipe import Recipe
+
+if TYPE_CHECKING:
+    from distprune.search.more import Ask
+
+NOTED = ("spared", "repeat_of", "repeat", "round_of")  # what the journal keeps of an entry, where it is not the default
 
 
 @dataclass
@@ -34,13 +39,21 @@ class Entry:
     deaths: list[str] = field(default_factory=list)  # why its workers died, while this driver looked
     stuck: int = 0  # deaths since the last report that was new, preemption aside
     silences: int = 0  # times since then that a worker was given up for its silence
+    ask: "Ask | None" = None  # what it gets, once it was given more memory
+    asking: bool = False  # its worker came to an end for which it was given more, and it is not queued again yet
     told: bool = False
     owed: bool = False  # it was told as finished and its last report was lost: it is run again for that, and nothing is decided on it
     params: Mapping[str, Any] = field(default_factory=dict)
     duplicates: list[int] = field(default_factory=list)  # trials that wait for this one's result
-    closes: bool = False  # what a policy came to in the end: it is not stopped at a rung
+    spared: bool = False  # it is not stopped at a rung: the usual recipe of a paradigm, or what a policy came to in the end
     repeat_of: int | None = None  # the finalist that it repeats with another seed: it is no proposal, and is compared with nothing
     repeat: int = 0  # how often its recipe was run before, each time with another seed
+    round_of: int | None = None  # the trial that came by its result on the way: it is no proposal either, and costs nothing
+
+    @property
+    def proposed(self) -> bool:
+        """Whether a sampler proposed it."""
+        return self.repeat_of is None and self.round_of is None
 
     @property
     def cost(self) -> float:
@@ -75,7 +88,7 @@ class Entry:
     def of(cls, trial: FrozenTrial) -> "Entry":
         """As the journal knows a trial, before its reports are read."""
         attrs = trial.user_attrs
-        told = {key: attrs[key] for key in ("closes", "repeat_of", "repeat") if key in attrs}
+        told = {key: attrs[key] for key in NOTED if key in attrs}
         return cls(trial.number, Recipe.read(attrs["recipe"]), attrs["identity"], params=trial.params, **told)
 
 
@@ -86,3 +99,5 @@ class Assignment:
     number: int
     recipe: Recipe
     known: int
+    ask: "Ask | None" = None
+    judged: bool = True  # whether it is scored at rungs

@@ -1,7 +1,7 @@
 """Failures that no trial sees of itself: errors that repeat, workers that die, workers that are silent."""
 
 import re
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 
 SAME_ERRORS = 5  # in a row: then it is not the trials that are at fault
 MOST_DEATHS = 3  # of a trial's workers without a report in between; restarts that come further are free
@@ -67,11 +67,24 @@ class Silence:
         return [(worker, now - since) for worker, since in self._since.items()]
 
 
-_CAUSES = {"low on memory": "memory of the node", "node has died": "node died", "worker process has died": "worker process died"}
+OF_MEMORY = "memory of the node"
+NOBODYS_FAULT = ("preempted", "node died")
+_CAUSES = {  # the first whose words are there
+    "low on memory": OF_MEMORY,
+    "node was preempted": "preempted",
+    "node has died": "node died",
+    "worker process has died": "worker process died",
+}
 
 
-def cause_of_death(message: str, *, preempted: bool) -> str:
+def end_of(causes: Sequence[str]) -> tuple[str, str]:
+    """(how a trial ended, why) whose workers died of these causes, without a report in between."""
+    times = f"{len(causes)} times without a report in between"
+    if set(causes) == {OF_MEMORY}:
+        return "oom", f"its workers were killed for the memory of their node {times}"
+    return "lost", f"its workers died {times}: {', '.join(causes)}"
+
+
+def cause_of_death(message: str) -> str:
     """Why a worker is gone, from what Ray says. It cannot tell a segmentation fault from SIGKILL by the system: both are a dead process."""
-    if preempted:
-        return "preempted"
-    return next((cause for words, cause in _CAUSES.items() if words in message), "unknown")
+    return next((cause for words, cause in _CAUSES.items() if words in message.lower()), "unknown")

@@ -11,9 +11,10 @@ from distprune.core.run import Run, prepare
 from distprune.errors import UserError
 from distprune.search.book import Book
 from distprune.search.entry import Entry
-from distprune.search.trial import checkpoints
+from distprune.store.checkpoints import checkpoints_at
 from distprune.store.files import patiently
 from distprune.store.folder import RunFolder
+from distprune.store.place import answering
 from distprune.store.reports import to_parquet
 from distprune.store.trials import write_trials
 
@@ -71,10 +72,14 @@ def load_trial(folder: RunFolder, number: int, recipe: dict[str, Any], *, device
 
     folder.check_real("exported")
     run = prepare(Recipe.read(recipe), device=device)
-    for checkpoint in checkpoints(folder, number):
-        run.state.load(checkpoint / "state.safetensors")
-        return run
-    if folder.dropped(number).exists():
+    with answering(folder.place):
+        store = checkpoints_at(folder.place)
+        held = store.held(number)
+        for checkpoint in held.farthest_first():
+            with store.reading(number, checkpoint) as path:
+                run.state.load(path)
+                return run
+    if held.dropped:
         raise UserError(
             f"Trial {number} has kept its masks, {folder.masks_file(number)}, but no weights: they were deleted to keep to limits.disk. "
             "Choose another trial, or train its recipe again."
@@ -103,6 +108,7 @@ def _row(entry: Entry, book: Book, test: float | None, repeats: list[float]) -> 
         "score": entry.best,
         "test": test,
         "repeat_of": entry.repeat_of,
+        "round_of": entry.round_of,
         "seeds": len(repeats) or None,
         "mean": statistics.fmean(repeats) if repeats else None,
         "spread": statistics.stdev(repeats) if len(repeats) > 1 else None,
@@ -119,6 +125,7 @@ def _row(entry: Entry, book: Book, test: float | None, repeats: list[float]) -> 
         "deaths": json.dumps(entry.deaths),
         "micro_batch": extra.get("micro_batch"),
         "retries": extra.get("retries", 0),
+        "asked": entry.ask.times if entry.ask else 0,
         "wall_s": last.get("wall_s"),
         "recipe_key": extra.get("key") or entry.identity,
         "recipe": json.dumps(recipe.plain()),

@@ -21,6 +21,7 @@ from distprune.search.entry import Entry
 from distprune.search.fitset import scores
 from distprune.search.goals import Goals
 from distprune.search.space import Recorder, Space
+from distprune.search.studies import trials_in_database
 from distprune.store.folder import RunFolder
 
 
@@ -92,6 +93,8 @@ def _told(trial: FrozenTrial) -> bool:
 
 def _read(folder: RunFolder, where: str) -> list[FrozenTrial]:
     """A copy of the journal is read up to its last whole line: the search may be running."""
+    if (trials := trials_in_database(folder)) is not None:
+        return trials
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     data = folder.journal.read_bytes() if folder.journal.exists() else b""
     with tempfile.TemporaryDirectory() as aside:

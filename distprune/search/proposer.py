@@ -17,7 +17,7 @@ from distprune.core.streams import stream_seed
 from distprune.errors import UserError
 from distprune.search.branches import Placed
 from distprune.search.budgeted import BudgetSampler
-from distprune.search.covering import covering
+from distprune.search.covering import covering, spared
 from distprune.search.episodes import Budgets
 from distprune.search.fitset import FIT_SET, FitSet, Kept
 from distprune.search.goals import logarithm
@@ -37,7 +37,7 @@ class Proposal:
     params: Mapping[str, Any]
     distributions: Mapping[str, BaseDistribution]
     system_attrs: Mapping[str, Any]  # what the sampler itself wants to find again
-    closes: bool = False  # whether it is the end that a policy came to
+    spared: bool = False  # whether no rung stops it: the usual recipe of a paradigm, or the end that a policy came to
 
 
 class Proposer:
@@ -67,13 +67,15 @@ class Proposer:
         self._sampler, self._space, self._directions, self._seed = sampler, space, list(directions), seed
         self._budgets, self._learned, self._fit_set = budgets, learned, fit_set
         facts = sampler.entry.facts
-        self._first = [*first, *([] if facts["enumerates"] else covering(space))]
+        covers = [] if facts["enumerates"] else covering(space)
+        self._first = [*first, *covers]
+        self._spared = range(len(first), len(first) + spared(space)) if covers else range(0)
         self._blind, self._same_constraint = facts["blind"], facts["same_constraint"]
         self._parameters = space.parameters() if facts["flat"] else None
         self._learner: BudgetSampler | None = sampler(seed) if facts["learns"] else None
         made = sampler(seed) if self._learner is None else None
         self._placed = made if isinstance(made, Placed) else None
-        self._ready: dict[int, tuple[Proposal, int, int]] = {}  # number -> (proposal, trials told before it, trials that ran beside)
+        self._ready: dict[int, tuple[Proposal, int, int, int]] = {}  # number -> (proposal, place, trials told before it, those beside it)
         if self._placed is not None:
             self._placed.open(space)
         self.restore([])
@@ -93,23 +95,26 @@ class Proposer:
         The `last` trial of a search is the end of what its sampler learned, if it learns. Raises UserError if a parameter that the trial
         is to have is not used or not legal.
         """
+        place = number if place is None else place
         if number in self._ready:
-            proposal, told, beside = self._ready[number]
-            if self._told - told <= beside:
+            proposal, at, told, beside = self._ready[number]
+            if at == place and self._told - told <= beside:
                 del self._ready[number]
                 return proposal
         self._throw_away()
-        return self._propose(number, number if place is None else place, last)
+        return self._propose(number, place, last)
 
     def prepare(self, number: int, *, place: int | None = None, beside: int) -> bool:
         """Make the proposal of trial `number` before it is asked for, where `beside` other trials run; say whether one was made."""
         if self._blind or self._learner is not None or beside < 1:
             return False
-        if any(self._told - told > others for _, told, others in self._ready.values()):
+        place = number if place is None else place
+        # A trial that nobody proposed takes a number and no place.
+        if any(self._told - told > others or other - at != number - place for other, (_, at, told, others) in self._ready.items()):
             self._throw_away()
         if number in self._ready or len(self._ready) >= min(MOST_AHEAD, beside):
             return False
-        self._ready[number] = self._propose(number, number if place is None else place, False), self._told, beside
+        self._ready[number] = self._propose(number, place, False), place, self._told, beside
         return True
 
     def _propose(self, number: int, place: int, last: bool) -> Proposal:
@@ -149,7 +154,9 @@ class Proposer:
         if idle := {name: value for name, value in frozen.params.items() if name not in names}:
             system[_IDLE] = json.dumps(idle)
         params = {name: frozen.params[name] for name in names}
-        return Proposal(recipe, params, {name: frozen.distributions[name] for name in names}, system, closing is not None)
+        return Proposal(
+            recipe, params, {name: frozen.distributions[name] for name in names}, system, closing is not None or place in self._spared
+        )
 
     def _throw_away(self) -> None:
         """Give up what was prepared; later ones were made beside the earlier."""

@@ -64,7 +64,7 @@ class Recorded:
         """Raises UserError if `path` is no run folder, or a simulated one, or has too few finished trials."""
         folder = RunFolder.existing(path)
         folder.check_real("simulated from")
-        self.path = folder.path
+        self.path = str(folder)
         self._shared = Search.read(read_yaml(folder.search_yaml).get("search")).shared
         rows = read_trials(folder.trials).to_pylist() if folder.trials.exists() else []
         reports: dict[int, list[dict[str, Any]]] = {}
@@ -73,7 +73,7 @@ class Recorded:
         self.trials = len(rows)
         found: dict[str, list[Recording]] = {}
         for row in rows:
-            if row["ended"] != "finished" or not (curve := _whole(reports.get(row["number"], []))):
+            if row["ended"] != "finished" or row["round_of"] is not None or not (curve := _whole(reports.get(row["number"], []))):
                 continue
             recipe = Recipe.read(json.loads(row["recipe"]))
             found.setdefault(recipe.paradigm.name, []).append(Recording(_values(recipe), curve))

@@ -21,7 +21,8 @@ from distprune.errors import UserError
 from distprune.search.config import Search
 from distprune.search.driver import job_of, read_facts
 from distprune.search.entry import Assignment
-from distprune.search.trial import Job, Memory, checkpoints, run_trial
+from distprune.search.trial import Job, Memory, run_trial
+from distprune.store.checkpoints import checkpoints_at
 from distprune.store.folder import RunFolder
 from distprune.store.reports import read
 from distprune.store.trials import read_trials
@@ -82,11 +83,12 @@ def replay(
     facts = read_facts(folder)
     recorded = _recorded(folder, trial)
     search = Search.read(facts["search"])
-    recipe = Recipe.read(_recipe(folder, trial))
+    plain, judged = _recipe(folder, trial)
+    recipe = Recipe.read(plain)
     threads, here = torch.get_num_threads(), os.getcwd()
     with tempfile.TemporaryDirectory(prefix="distprune-replay-") as scratch:
         fresh = RunFolder(Path(scratch))
-        job = job_of(search, fresh, facts["rungs"], Assignment(trial, recipe, 0))
+        job = job_of(search, fresh, facts["rungs"], Assignment(trial, recipe, 0, judged=judged))
         recorded_device = job.device
         job = dataclasses.replace(job, device=device or job.device, cache=None)  # nothing that was computed before
         ready = prepare(recipe, device=job.device)  # what cannot be done here is said before anything is compared
@@ -102,6 +104,8 @@ def replay(
     surroundings = {name: (str(old), str(new)) for name, old, new in _changed(facts["environment"], environment())}
     if recorded_device != job.device:
         surroundings["device"] = (recorded_device, job.device)
+    if job.ranks > 1:  # whose sums round otherwise, and draw their own noise
+        surroundings["ranks"] = (str(job.ranks), "1")
     return Replay(trial, len(recorded), tuple(_differences(recorded, found)), masks, surroundings)
 
 
@@ -132,7 +136,7 @@ def _recorded(folder: RunFolder, trial: int) -> list[Row]:
         return rows
     if rows[:-1]:  # out of memory or time: an end that is the machine's, not the trial's
         return rows[:-1]
-    raise UserError(f"{folder.path} has no reports of trial {trial}. {_known(folder)}")
+    raise UserError(f"{folder} has no reports of trial {trial}. {_known(folder)}")
 
 
 def _known(folder: RunFolder) -> str:
@@ -140,12 +144,13 @@ def _known(folder: RunFolder) -> str:
     return f"Trials with reports: {', '.join(map(str, heard[:20])) or 'none'}{', ...' if len(heard) > 20 else ''}."
 
 
-def _recipe(folder: RunFolder, trial: int) -> dict[str, Any]:
-    rows = read_trials(folder.trials, columns=["number", "recipe"]).to_pylist() if folder.trials.exists() else []
-    recipes = [row["recipe"] for row in rows if row["number"] == trial]
-    if not recipes:
+def _recipe(folder: RunFolder, trial: int) -> tuple[dict[str, Any], bool]:
+    """What a trial ran, and whether it was scored at rungs."""
+    rows = read_trials(folder.trials, columns=["number", "recipe", "round_of"]).to_pylist() if folder.trials.exists() else []
+    found = [row for row in rows if row["number"] == trial]
+    if not found:
         raise UserError(f"{folder.trials} does not have trial {trial} yet. Wait, or go on with the search.")
-    return dict(json.loads(recipes[0]))
+    return dict(json.loads(found[0]["recipe"])), found[0]["round_of"] is None
 
 
 def _columns(row: Row | None) -> dict[str, Any]:
@@ -172,8 +177,10 @@ def _masks(folder: RunFolder, fresh: RunFolder, trial: int, ready: Run) -> bool 
     """Whether the replayed trial keeps the weights that the recorded one keeps."""
     if not folder.masks_file(trial).exists():
         return None
-    for checkpoint in checkpoints(fresh, trial):
-        ready.state.load(checkpoint / "state.safetensors")
+    store = checkpoints_at(fresh.place)
+    for checkpoint in store.held(trial).farthest_first():
+        with store.reading(trial, checkpoint) as path:
+            ready.state.load(path)
         return Masks.load(folder.masks_file(trial)).equal(ready.state.masks.to("cpu"))
     return False  # it ended before it had any
 

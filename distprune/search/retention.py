@@ -7,19 +7,16 @@ each writes in that time.
 """
 
 import json
-import shutil
 from collections.abc import Callable, Mapping
-from pathlib import Path
+from contextlib import suppress
 from typing import Any
 
 from distprune.search.book import Book
 from distprune.search.finale import write_masks
 from distprune.search.trial import KEPT_CHECKPOINTS
 from distprune.search.volume import contributions
-from distprune.store.files import publish
+from distprune.store.checkpoints import Checkpoint, checkpoints_at
 from distprune.store.folder import RunFolder
-
-_At = tuple[int, str]  # (report, attempt) of a checkpoint
 
 
 def _quiet(event: str, facts: dict[str, Any]) -> None:
@@ -29,14 +26,24 @@ def _quiet(event: str, facts: dict[str, Any]) -> None:
 class Retention:
     """Deletes checkpoints that nobody needs, and under a `limit` (bytes) those that are needed least.
 
-    Sizes are known from what workers say of what they have written; the disk itself is looked at by a sweep.
+    Sizes are known from what workers say of what they have written; what lies there is looked at by a sweep. What is deleted because of
+    how a trial ended is left to `later`, which does it when that is known wherever the search may be gone on with.
     """
 
     def __init__(
-        self, folder: RunFolder, book: Book, *, limit: int | None = None, listen: Callable[[str, dict[str, Any]], None] = _quiet
+        self,
+        folder: RunFolder,
+        book: Book,
+        *,
+        limit: int | None = None,
+        listen: Callable[[str, dict[str, Any]], None] = _quiet,
+        later: Callable[[Callable[[], None]], None] = lambda work: work(),
     ) -> None:
-        self._folder, self._book, self._limit, self._listen = folder, book, limit, listen
-        self._held: dict[int, dict[_At, int]] = {}
+        self._folder, self._book, self._limit, self._listen, self._later = folder, book, limit, listen, later
+        self._store = checkpoints_at(folder.place)
+        self._held: dict[int, dict[Checkpoint, int]] = {}
+        self._going: set[tuple[int, Checkpoint]] = set()  # that are to be deleted, or were
+        self._dropped: set[int] = set()  # trials of the front that have lost their weights
         self._needed: set[int] = set()  # trials of the front whose masks could not be written
 
     @property
@@ -59,8 +66,8 @@ class Retention:
         if '"checkpoint"' not in (row["extra"] or "") or (size := json.loads(row["extra"]).get("checkpoint")) is None:
             return
         sizes = self._held.setdefault(row["trial"], {})
-        sizes[row["index"], row["attempt"]] = int(size)
-        own = sorted(at for at in sizes if at[1] == row["attempt"])
+        sizes[Checkpoint(row["index"], row["attempt"])] = int(size)
+        own = sorted(at for at in sizes if at.attempt == row["attempt"])
         for at in own[:-KEPT_CHECKPOINTS]:  # its worker has deleted them
             del sizes[at]
         self._keep_to_limit()
@@ -70,25 +77,34 @@ class Retention:
 
         The second finds also what a worker that was thought dead has written since its trial ended.
         """
-        if ended is None:
-            found = [path for path in self._folder.checkpoints.glob("*") if path.name.isdigit()]
-            self._held = {int(path.name): _scan(path) for path in found}
-        else:  # what was reported a second time, as by a trial that began again, was not heard
-            self._held[ended] = _scan(self._folder.checkpoints / str(ended))
+        if ended is None or not self._is_over(ended):  # what was reported a second time, as by a trial that began again, was not heard
+            self._look(ended)
         for number in sorted(self._held) if ended is None else [ended]:
-            if not (number < len(self._book.entries) and self._book.entries[number].told):
-                continue
-            if number in self._book.front:
-                self._drop(number) if self._folder.dropped(number).exists() else self._thin(number)
-            else:
+            if self._is_over(number):
                 self._delete(number)
+            elif number in self._book.front and self._book.entries[number].told:
+                self._drop(number) if number in self._dropped else self._thin(number)
         self._keep_to_limit()
+
+    def _look(self, number: int | None) -> None:
+        """See what lies there of a trial, or of all. What was heard stands where nobody answers."""
+        with suppress(OSError):
+            found = self._store.all() if number is None else {number: self._store.held(number)}
+            left = {trial: {at: size for at, size in held.sizes.items() if (trial, at) not in self._going} for trial, held in found.items()}
+            self._held = left if number is None else {**self._held, **left}
+            self._dropped |= {trial for trial, held in found.items() if held.dropped}
+            for trial in found:
+                self._store.tidy(trial)
+
+    def _is_over(self, number: int) -> bool:
+        """Whether nobody needs the checkpoints of a trial any more."""
+        return number < len(self._book.entries) and self._book.entries[number].told and number not in self._book.front
 
     def _runs(self, number: int) -> bool:
         return number < len(self._book.entries) and not self._book.entries[number].told and number not in self._book.front
 
     def _delete(self, number: int) -> None:
-        shutil.rmtree(self._folder.checkpoints / str(number), ignore_errors=True)
+        self._later(lambda: self._store.remove(number))
         self._held.pop(number, None)
 
     def _waiting(self) -> list[int]:
@@ -101,9 +117,16 @@ class Retention:
         """Delete all checkpoints of a trial but the newest, and what attempts that have died left unfinished; returns how many."""
         sizes = self._held.get(number, {})
         old = sorted(sizes)[:-1]
-        for index, attempt in old:
-            shutil.rmtree(self._folder.checkpoint(number, attempt, index), ignore_errors=True)
-            del sizes[index, attempt]
+
+        def delete() -> None:
+            for at in old:
+                self._store.remove(number, at)
+
+        for at in old:
+            del sizes[at]
+            self._going.add((number, at))
+        if old:
+            self._later(delete)
         return len(old)
 
     def _keep_to_limit(self) -> None:
@@ -117,7 +140,9 @@ class Retention:
         for number in self._waiting():
             if self.total <= self._limit:
                 break
-            self._delete(number)
+            with suppress(OSError):  # now, and never what it writes when it goes on
+                self._store.remove(number)
+            self._held.pop(number)
             begin_again.append(number)
         dropped = []
         while self.total > self._limit and (left := [n for n in self._book.front if self._held.get(n) and n not in self._needed]):
@@ -138,19 +163,9 @@ class Retention:
 
     def _drop(self, number: int) -> None:
         """Give up the weights of a trial on the front."""
-        publish(self._folder.dropped(number), b"deleted to keep to limits.disk\n")
-        for attempt in (self._folder.checkpoints / str(number)).iterdir():
-            if attempt.is_dir():
-                shutil.rmtree(attempt, ignore_errors=True)
+        self._later(lambda: self._store.drop(number))
         self._held[number] = {}
-
-
-def _scan(trial: Path) -> dict[_At, int]:
-    """The checkpoints of a trial and their sizes; what was never finished is deleted."""
-    for unfinished in trial.glob("*/.*"):
-        shutil.rmtree(unfinished, ignore_errors=True)
-    found = [path for path in trial.glob("*/*") if path.name.isdigit()]
-    return {(int(path.name), path.parent.name): sum(file.stat().st_size for file in path.glob("*")) for path in found}
+        self._dropped.add(number)
 
 
 def size_text(size: int) -> str:

@@ -1,8 +1,12 @@
-"""A search on Ray Tune: the only file that imports it. Ray places trials and carries reports; the book decides."""
+"""A search on Ray Tune: the only file that imports it. Ray places trials and carries reports; the book decides.
 
+Each trial asks for its own resources, and Tune runs it in a worker that asked for the same. How many there may be at once is looked up in
+the cluster whenever Tune asks for one more, so that nodes which join are used and those which leave are not waited for.
+"""
+
+import functools
 import gc
 import json
-import logging
 import os
 import shutil
 import tempfile
@@ -28,32 +32,44 @@ os.environ.update(
 
 import ray
 import torch
-from ray import cloudpickle as pickle
 from ray import tune
 from ray.tune.experiment import Trial as RayTrial
 from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 
-from distprune.errors import UserError
 from distprune.search.book import Book
-from distprune.search.config import Search
+from distprune.search.cluster import Cluster
+from distprune.search.config import MOST_WORKERS, Search, Workers
 from distprune.search.entry import Assignment
-from distprune.search.failures import Silence, cause_of_death
-from distprune.search.setup import check_machine, slots_of
+from distprune.search.failures import NOBODYS_FAULT, Silence, cause_of_death
+from distprune.search.more import Ask
+from distprune.search.parcels import Parcels
+from distprune.search.resources import bundles, weight
+from distprune.search.setup import check_machine
+from distprune.search.together import run_together
 from distprune.search.trial import Job, run_trial
 
-_LATEST = 4000  # characters of an error's text that may say why
+_LATEST = 8000  # characters of an error's text that may say why
+_AN_ERROR = "Failure # "  # begins each
 
 
 class Worker(tune.Trainable):  # type: ignore[misc]
-    """Runs one trial after another in the same process."""
+    """Runs one trial after another in the same process, or leads the ranks that do."""
+
+    _crew: Any = None  # of trials on several ranks
 
     def setup(self, config: dict[str, Any]) -> None:
-        self._rows = run_trial(Job(**json.loads(config["job"])))
+        job = Job(**json.loads(config["job"]))
+        if job.ranks > 1 and self._crew is None:
+            from distprune.search.crew import RayCrew
+
+            self._crew = RayCrew(job.ranks, dict(config["bundle"]), job.device)
+        self._rows = run_trial(job) if self._crew is None else run_together(job, self._crew)
+        self._parcels = Parcels(self._rows)
 
     def step(self) -> dict[str, Any]:
-        row = next(self._rows)
-        return {"r": json.dumps(row), "done": row["final"]}
+        rows = self._parcels.next()
+        return {"r": json.dumps(rows), "done": rows[-1]["final"]}
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         self.cleanup()
@@ -78,22 +94,37 @@ class _Face:
 
 
 class Face(_Face, Searcher):  # type: ignore[misc]
-    """The book as Ray's searcher."""
+    """The book as Ray's searcher. `room` says for how many trials there is room just now.
 
-    def __init__(self, book: Book, job: Callable[[Assignment], Job], numbers: dict[str, int], ended: Callable[[int], None]) -> None:
+    One trial is let wait where there is none: Ray then goes round, and an autoscaler sees what is needed.
+    """
+
+    def __init__(
+        self,
+        book: Book,
+        job: Callable[[Assignment], Job],
+        numbers: dict[str, int],
+        ended: Callable[[int], None],
+        *,
+        room: Callable[[], int] = lambda: MOST_WORKERS,
+        workers: Workers | None = None,
+    ) -> None:
         super().__init__(metric="r", mode="max")
         self._book, self._job, self._numbers, self._ended = book, job, numbers, ended
+        self._room, self._workers, self._taken = room, workers or Workers(), dict[str, int]()
 
     def suggest(self, trial_id: str) -> Any:
-        if self._book.holds():
+        if sum(self._taken.values()) >= max(self._room(), 1) or self._book.holds():
             return None  # Ray asks again
         assignment = self._book.next()
         if assignment is None:
             return None if self._book.is_busy else Searcher.FINISHED  # a worker may yet die, or let another go on
-        self._numbers[trial_id] = assignment.number
-        return {"job": json.dumps(self._job(assignment).plain())}
+        self._numbers[trial_id], self._taken[trial_id] = assignment.number, weight(assignment.ask, self._workers)
+        bundle = bundles(self._workers, assignment.ask)[0]
+        return {"job": json.dumps(self._job(assignment).plain()), "bundle": bundle}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        self._taken.pop(trial_id, None)
         number = self._numbers[trial_id]
         if error:
             self._book.gone(number)
@@ -116,7 +147,7 @@ class Gate(_Face, FIFOScheduler):  # type: ignore[misc]
         self._book, self._numbers = book, numbers
 
     def on_trial_result(self, tune_controller: Any, trial: RayTrial, result: dict[str, Any]) -> str:
-        goes_on = self._book.hear(json.loads(result["r"]))
+        goes_on = all(map(self._book.hear, json.loads(result["r"])))  # none after that at which it is stopped
         return str(self.CONTINUE if goes_on else self.STOP)
 
     def on_trial_error(self, tune_controller: Any, trial: RayTrial) -> None:
@@ -124,26 +155,18 @@ class Gate(_Face, FIFOScheduler):  # type: ignore[misc]
         self._book.died(self._numbers[trial.trial_id], cause, free=free)
 
     def on_trial_complete(self, tune_controller: Any, trial: RayTrial, result: dict[str, Any]) -> None:
-        if "r" in result:  # the last report of a trial comes here alone
-            self._book.hear(json.loads(result["r"]))
+        if "r" in result:  # the last reports of a trial come here alone
+            all(map(self._book.hear, json.loads(result["r"])))
 
 
 def _cause(trial: RayTrial) -> tuple[str, bool]:
-    """(why a trial's worker died, whether that counts as nobody's fault)."""
+    """(why a trial's worker died, whether that counts as nobody's fault), from the latest error in Ray's own text of them."""
     try:
-        error = pickle.loads(Path(trial.pickled_error_file).read_bytes())
-        text, preempted = str(error), bool(getattr(error, "preempted", False))
+        text = Path(trial.error_file).read_text()[-_LATEST:].rpartition(_AN_ERROR)[2]
     except Exception:  # none there, or one that cannot be read
-        text, preempted = _text(trial), False
-    cause = cause_of_death(text, preempted=preempted)
-    return cause, cause in ("preempted", "node died")
-
-
-def _text(trial: RayTrial) -> str:
-    try:
-        return Path(trial.error_file).read_text()[-_LATEST:]
-    except Exception:
-        return ""
+        text = ""
+    cause = cause_of_death(text)
+    return cause, cause in NOBODYS_FAULT
 
 
 class Draw(_Face, tune.Callback):  # type: ignore[misc]
@@ -195,46 +218,48 @@ class Draw(_Face, tune.Callback):  # type: ignore[misc]
         trial.run_metadata.metric_analysis = {}
 
 
+def _request(workers: Workers) -> Callable[[dict[str, Any]], tune.PlacementGroupFactory]:
+    """What a trial's job asks for. Of several ranks each has a bundle, and who starts them needs nothing himself."""
+
+    def request(config: dict[str, Any]) -> tune.PlacementGroupFactory:
+        parts = bundles(workers, Ask(**json.loads(config["job"])["ask"]))
+        return tune.PlacementGroupFactory(parts if len(parts) == 1 else [{}, *parts])
+
+    return request
+
+
 class Ray:
     """The engine of real searches: Ray on this machine, or the cluster at `address`, or the one that this process runs in."""
 
     def __init__(self, address: str | None, listen: Callable[[str, dict[str, Any]], None]) -> None:
         self._address, self._listen = address or os.environ.get("RAY_ADDRESS"), listen
-        self._slots = 0
+        self._cluster = Cluster(self._address, listen)
 
     def open(self, search: Search) -> None:
         """Connect. Raises UserError if not even one trial fits."""
         if self._address is None:
             check_machine(search)
         self._listen("starting", {"address": self._address})
-        if not ray.is_initialized():
-            options: dict[str, Any] = (
-                {"address": self._address} if self._address else {"include_dashboard": False, "num_cpus": os.cpu_count()}
-            )
-            try:
-                ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)
-            except Exception as error:  # Ray raises bare Exceptions too
-                where = f"No Ray cluster answers at {self._address}" if self._address else "Ray did not start on this machine"
-                way_out = "Check the address and RAY_AUTH_MODE=token." if self._address else "Try again when it is less busy."
-                raise UserError(f"{where}: {str(error).rstrip('.')}. {way_out}") from error
-        resources = {str(name): float(amount) for name, amount in ray.cluster_resources().items()}  # type: ignore[no-untyped-call]
-        self._slots = slots_of(search, resources)
-        self._listen("slots", {"slots": self._slots, "resources": resources})
+        self._cluster.join(search)
+
+    def largest(self) -> float | None:
+        """Memory (bytes) that a trial can set aside on the largest node."""
+        return self._cluster.largest()
 
     def run(
         self, search: Search, book: Book, job: Callable[[Assignment], Job], ended: Callable[[int], None], draw: Callable[[], None]
     ) -> None:
         """Run until the book has no trial left. Raises KeyboardInterrupt on Ctrl-C; what runs then can be resumed."""
-        cpus, gpus = search.workers.cpus, search.workers.gpus
         scratch, numbers = Path(tempfile.mkdtemp(prefix="distprune-ray-")), dict[str, int]()
+        room = functools.partial(self._cluster.slots, search)
         try:
             tuner = tune.Tuner(
-                tune.with_resources(Worker, {"cpu": cpus, "gpu": gpus} if gpus else {"cpu": cpus}),
+                tune.with_resources(Worker, _request(search.workers)),
                 tune_config=tune.TuneConfig(
-                    search_alg=Face(book, job, numbers, ended),
+                    search_alg=Face(book, job, numbers, ended, room=room, workers=search.workers),
                     scheduler=Gate(book, numbers),
                     num_samples=-1,
-                    max_concurrent_trials=self._slots,
+                    max_concurrent_trials=search.workers.most or MOST_WORKERS,  # that Tune starts at once: Face knows how many there may be
                     reuse_actors=True,
                     trial_dirname_creator=lambda trial: str(trial.trial_id),
                 ),
@@ -249,4 +274,5 @@ class Ray:
             )
             tuner.fit()
         finally:
+            self._cluster.release()
             shutil.rmtree(scratch, ignore_errors=True)

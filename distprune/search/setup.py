@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
 import optuna
 import torch
@@ -31,7 +30,8 @@ from distprune.search.learned import collect
 from distprune.search.rungs import Rungs
 from distprune.search.space import Space
 from distprune.search.starts import settle
-from distprune.store.cache import Cache
+from distprune.store.datasets import SharedData
+from distprune.store.place import Objects, local_path, why
 
 _LOOKED_AT = 64  # random recipes whose plans say what trials cost
 
@@ -66,7 +66,7 @@ def set_up(search: Search, *, learned: Path | None = None) -> Setup:
     `learned` is where a search that goes on keeps what it learned from earlier ones when it began.
     """
     search.scheduler(1, 2, 1 + len(search.minimize))  # options that make no sense are said before anything is written
-    dense = prepare(Recipe.read({**search.recipe, "paradigm": "dense", "seed": search.seed}))
+    dense = prepare(Recipe.read({**search.recipe, "paradigm": "dense", "seed": search.seed}), share=SharedData())
     if dense.env.task.direction != "maximize":
         raise UserError(f"A search maximizes the task's objective, {dense.env.task.objective!r} is to be minimized. Give its negative.")
 
@@ -86,6 +86,11 @@ def set_up(search: Search, *, learned: Path | None = None) -> Setup:
             dense.state.units(granularity, dense.env.task.example).check(space.highest)
     per_epoch = dense.env.task.steps_per_epoch(dense.recipe.train.batch_size)
     _check_lengths(search, dense, per_epoch)
+    if search.workers.ranks > (most := dense.recipe.train.batch_size):
+        raise UserError(
+            f"workers.ranks must be at most train.batch_size, {most}, as each takes a slice of every batch, got {search.workers.ranks}. "
+            "Write ranks: 1, or raise train.batch_size."
+        )
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     _leave_out(space, dense, per_epoch, priors="regularizer" in search.space)
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
@@ -196,28 +201,36 @@ def _check_lengths(search: Search, dense: Run, per_epoch: int) -> None:
 
 
 def check_storage(search: Search) -> None:
-    """Raise UserError if the run folder cannot be written. Nothing is left behind."""
+    """Raise UserError if the run folder cannot be written, or its URL. Nothing is left behind."""
     try:
         _try_out(search.folder)
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"storage '{search.storage}' cannot hold the run folder {search.name!r}: {_why(error)}. Write storage: FOLDER, with one that "
-            "you may write to."
-        ) from error
+        where = f"storage '{search.storage}' cannot hold the run folder {search.name!r}: "
+        if search.url:
+            raise UserError(
+                f"{where}its driver writes {search.folder} first, {_why(error)}. Set XDG_CACHE_HOME to a folder that you may write to."
+            ) from error
+        raise UserError(f"{where}{_why(error)}. Write storage: FOLDER, with one that you may write to.") from error
+    if search.url:
+        try:
+            Objects.open(search.url).try_out()
+        except (OSError, ValueError, NotImplementedError) as error:
+            raise UserError(
+                f"storage '{search.storage}' cannot hold the run {search.name!r}: {why(error)}. Check the URL, and that the environment of "
+                "every node holds credentials that may read, write and list there, such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY."
+            ) from error
 
 
 def check_cache(search: Search) -> None:
     """Raise UserError if the cache cannot be used where the search says that it is. In a folder, nothing is left behind."""
     if search.cache_at is None:
         return
-    url = urlsplit(search.cache_at)
-    if "://" in search.cache_at and (url.scheme, url.netloc) != ("file", ""):
-        Cache.open(search.cache_at)
-        return
+    folder = local_path(search.cache_at)
     try:
-        _try_out(Path(unquote(url.path)) if "://" in search.cache_at else Path(search.cache_at))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cache.path '{search.cache_at}' cannot be used: {_why(error)}. Give a folder, or write cache: false.") from error
+        _try_out(folder) if folder else Objects.open(search.cache_at).try_out()
+    except (OSError, ValueError, NotImplementedError) as error:
+        says = _why(error) if folder else why(error)
+        raise UserError(f"cache.path '{search.cache_at}' cannot be used: {says}. Give a folder, or write cache: false.") from error
 
 
 def _try_out(folder: Path) -> None:
@@ -234,24 +247,14 @@ def _why(error: Exception) -> str:
 
 def check_machine(search: Search) -> None:
     """Raise UserError if a trial asks for more than this machine has."""
+    workers, ranks = search.workers, f" for each of {search.workers.ranks} ranks" if search.workers.ranks > 1 else ""
     gpus = torch.cuda.device_count()
-    if search.workers.gpus > gpus:
+    if workers.gpus * workers.ranks > gpus:
         raise UserError(
-            f"workers.gpus must be at most the {gpus} GPUs of this machine, got {search.workers.gpus:g}. "
+            f"workers.gpus must be at most the {gpus} GPUs of this machine, got {workers.gpus:g}{ranks}. "
             "Write gpus: 0 to run on the CPU, or submit the search to a cluster that has them."
         )
     cpus = os.cpu_count() or 1
-    if search.workers.cpus > cpus:
-        raise UserError(f"workers.cpus must be at most the {cpus} CPUs of this machine, got {search.workers.cpus}. Write cpus: {cpus}.")
-
-
-def slots_of(search: Search, resources: dict[str, float]) -> int:
-    """Trials that run at once on `resources` (CPU, GPU). Raises UserError if not even one fits."""
-    workers = search.workers
-    fits = int(resources.get("CPU", 0) // workers.cpus)
-    if workers.gpus:
-        fits = min(fits, int(resources.get("GPU", 0) / workers.gpus + 1e-6))
-    if fits < 1:
-        has = f"{resources.get('CPU', 0):g} CPUs and {resources.get('GPU', 0):g} GPUs"
-        raise UserError(f"workers asks for {workers.cpus} CPUs and {workers.gpus:g} GPUs a trial, and the cluster has {has}. Ask for less.")
-    return min(fits, workers.most or fits)
+    if workers.cpus * workers.ranks > cpus:
+        most = max(cpus // workers.ranks, 1)
+        raise UserError(f"workers.cpus must be at most the {cpus} CPUs of this machine, got {workers.cpus}{ranks}. Write cpus: {most}.")

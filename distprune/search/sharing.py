@@ -47,7 +47,7 @@ class Sharing:
         self._cache, self._run, self._rungs, self._clock, self._sleep = cache, run, rungs, clock, sleep
         batch_size = run.recipe.train.batch_size
         self._least = prefix.worth(run.env.task.steps_per_epoch(batch_size), batch_size) if least is None else least
-        self._root = root_key(run.recipe, run.env.device)
+        self._root = root_key(run.recipe, run.env.device, ranks=run.env.task.ranks.size)
         self._prefixes = Prefixes(self._root, run.plan, run.env.report_every)
         self._stops = self._prefixes.stops(rungs, self._least)
         self._lease: tuple[str, Lease] | None = None
@@ -223,7 +223,7 @@ class Sharing:
         """Keep the state where it stands, if that is a stop, and say whether it is; `rows` are the reports before, `crossed` a rung."""
         self._measure()
         position = self._prefixes.at(self._run.state)
-        if position is None or not (position in self._stops or (crossed and not position.exact)):
+        if position is None or not self._is_kept(position, crossed):
             return False
         key = self._prefixes.key(position)
         try:
@@ -233,6 +233,9 @@ class Sharing:
         if self._lease is not None and self._lease[0] == key:
             self.close()
         return True
+
+    def _is_kept(self, position: Position, crossed: bool) -> bool:
+        return position in self._stops or (crossed and not position.exact)
 
     def _records(self, rows: Sequence[dict[str, Any]]) -> list[Record]:
         extras = [json.loads(row["extra"]) for row in rows]

@@ -31,6 +31,10 @@ class Simulator:
     def open(self, search: Search) -> None:
         """Nothing to get ready."""
 
+    def largest(self) -> float | None:
+        """Unknown: nothing is set aside on a virtual clock."""
+        return None
+
     def run(
         self, search: Search, book: Book, job: Callable[[Assignment], Job], ended: Callable[[int], None], draw: Callable[[], None]
     ) -> None:

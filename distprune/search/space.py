@@ -194,6 +194,10 @@ class Space:
         fixed = fixed_sparsity(picked["granularity"].choice)
         return _within(sparsity, self.sparsities) if fixed is None else abs(sparsity - fixed) < 1e-6
 
+    def searches(self, sparsity: float) -> bool:
+        """Whether a sparsity is one that trials may have."""
+        return sparsity in self.sparsities.values if isinstance(self.sparsities, Choices) else _within(sparsity, self.sparsities)
+
     def usual(self, axis: str) -> Choice:
         """What a recipe has that says nothing of the axis."""
         return self._base.train.optimizer if axis == "optimizer" else getattr(self._base, axis)

@@ -4,13 +4,11 @@ import gc
 import json
 import math
 import os
-import shutil
 import time
 import uuid
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +24,7 @@ from distprune.core.loop import Diverged
 from distprune.core.metrics import collapsed, flops
 from distprune.core.plan import Plan
 from distprune.core.projection import project
+from distprune.core.ranks import ALONE, Lost, Ranks
 from distprune.core.recipe import Recipe
 from distprune.core.registry import Choice
 from distprune.core.run import Run, prepare
@@ -33,10 +32,12 @@ from distprune.core.stages import Prune
 from distprune.core.state import State
 from distprune.core.streams import global_stream
 from distprune.errors import UserError
+from distprune.search.cap import capped
+from distprune.search.following import opened, restored
 from distprune.search.sharing import Sharing
 from distprune.store.cache import Cache
-from distprune.store.files import publish_folder, telling
-from distprune.store.folder import RunFolder
+from distprune.store.checkpoints import Checkpoint, Checkpoints, checkpoints_at
+from distprune.store.datasets import SharedData
 
 CHECKPOINT_EVERY_S = 60.0  # besides those at rungs and at the end
 KEPT_CHECKPOINTS = 2  # of an attempt
@@ -49,7 +50,7 @@ class Job:
 
     number: int
     recipe: dict[str, Any]
-    folder: str  # the run folder
+    folder: str  # where its checkpoints are: the run folder or its URL
     rungs: list[int]  # costs
     report_every: str
     recovery: str | None  # see Search
@@ -62,28 +63,42 @@ class Job:
     cache_limit: int | None = None  # its bytes
     cache_room: int | None = None  # its bytes above which this trial adds nothing to it
     silence: float | None = None  # seconds without a report after which the worker is given up
+    driver: str = ""  # who gives the job out; what only its workers can share is shared under this name
     memory: dict[str, Any] = field(default_factory=dict)  # where it is to go on as it did once it had run out of memory
+    ask: dict[str, Any] = field(default_factory=dict)  # what it gets besides CPUs, see more.py
+    ranks: int = 1  # processes that share its batches
 
     def plain(self) -> dict[str, Any]:
         """For JSON."""
         return asdict(self)
 
 
+Rows = Callable[[Job, dict[str, Any], "Memory"], Generator[dict[str, Any], None, None]]  # of one attempt
+
+
 def run_trial(job: Job) -> Generator[dict[str, Any], None, None]:
     """Yield a row of `reports.arrows` at each report. Never raises: what goes wrong is the last row, and the worker lives on."""
-    memory, count = Memory(**job.memory), job.known
+    with capped(job.ask.get("gpus", 0.0), job.device):
+        yield from attempts(job, rows_of)
+
+
+def attempts(job: Job, rows: Rows) -> Generator[dict[str, Any], None, None]:
+    """The rows of a trial that is begun again, with half of the samples in a pass, when it runs out of memory. Raises Lost alone."""
+    memory, count = Memory.of(job), job.known
     while True:
         base = {"trial": job.number, "attempt": uuid.uuid4().hex[:8]}
         try:
-            for row in _rows(job, base, memory):
+            for row in rows(job, base, memory):
                 count = max(count, row["index"] + 1)  # rows from before memory ran out come again: the first of each counts
                 yield row
             return
+        except Lost:  # nothing that the trial did
+            raise
         except Exception as error:  # whatever a user's model, data or loss may raise
             if not memory.halve(error, job.recipe["train"]["batch_size"]):
                 yield {**base, **_failure(error, memory), "index": count, "final": True, "rung": -1}
                 return
-        _free_memory()  # here nothing holds the failed pass any more
+        free_memory()  # here nothing holds the failed pass any more
 
 
 @dataclass
@@ -92,6 +107,12 @@ class Memory:
 
     micro_batch: int | None = None
     retries: int = 0
+    asked: int = 0  # times that it was given more memory
+
+    @classmethod
+    def of(cls, job: Job) -> "Memory":
+        """Of a trial that begins, or goes on."""
+        return cls(**{"asked": job.ask.get("times", 0), **job.memory})
 
     def halve(self, error: Exception, batch_size: int) -> bool:
         """Whether to go on with half of the samples in a pass: memory ran out, and there was more than one."""
@@ -104,10 +125,12 @@ class Memory:
 
     def facts(self) -> dict[str, Any]:
         """For `extra` of a report; empty where memory was enough."""
-        return asdict(self) if self.retries else {}
+        halved = {"micro_batch": self.micro_batch, "retries": self.retries} if self.retries else {}
+        return halved | ({"asked": self.asked} if self.asked else {})
 
 
-def _free_memory() -> None:
+def free_memory() -> None:
+    """Give back what a trial has left behind."""
     gc.collect()  # a state and its optimizer are a cycle
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -131,14 +154,16 @@ def _is_too_little(error: Exception) -> bool:
     return isinstance(error, Unsplittable) or "more than 1 value per channel" in str(error)
 
 
-def _rows(job: Job, base: dict[str, Any], memory: Memory) -> Iterator[dict[str, Any]]:
+def rows_of(job: Job, base: dict[str, Any], memory: Memory, ranks: Ranks = ALONE) -> Generator[dict[str, Any], None, None]:
+    """The rows of one attempt at a trial, in this process or, in step with others, in one of `ranks`."""
     if os.path.isdir(job.working_dir):  # on another node, Ray has put the worker into its own copy of it
         os.chdir(job.working_dir)
     torch.set_num_threads(job.threads)
     started = time.monotonic()
-    run = prepare(Recipe.read(job.recipe), device=job.device, report_every=job.report_every)
-    folder = RunFolder(Path(job.folder))
-    outbox = _restore(folder, job, run, memory)
+    run = prepare(Recipe.read(job.recipe), device=job.device, report_every=job.report_every, share=SharedData(job.driver))
+    store = checkpoints_at(job.folder, patient=True)
+    run.env.task.ranks = run.state.ranks = ranks
+    outbox = restored(ranks, run, memory, lambda: _restore(store, job, run, memory))
     run.env.task.micro_batch = memory.micro_batch
     yield from (row for row in outbox if row["index"] >= job.known)
     if outbox and outbox[-1]["final"]:
@@ -146,7 +171,7 @@ def _rows(job: Job, base: dict[str, Any], memory: Memory) -> Iterator[dict[str, 
     grace = grace_cost(run.plan)
     recovery = _recovery(job.recovery, run)
     rung = max((row["rung"] for row in outbox), default=-1)
-    saved_at, kept_checkpoints = started, list[Path]()
+    saved_at, kept_checkpoints = started, list[Checkpoint]()
     before = _run_so_far(run)  # in earlier attempts
     sharing = _sharing(job, run, memory)
     saved_before = json.loads(outbox[-1]["extra"]).get("saved", 0) if outbox else 0
@@ -170,11 +195,12 @@ def _rows(job: Job, base: dict[str, Any], memory: Memory) -> Iterator[dict[str, 
                 row["extra"] = json.dumps({**json.loads(row["extra"]), "saved": saved})
             outbox.append(row)
             # A state from the cache is ahead of the reports that come with it.
-            if own and (crossed > rung or row["final"] or time.monotonic() - saved_at > CHECKPOINT_EVERY_S):
+            if own and ranks.rank == 0 and (crossed > rung or row["final"] or time.monotonic() - saved_at > CHECKPOINT_EVERY_S):
                 saved_at = time.monotonic()
-                kept_checkpoints.append(_save(folder, run, outbox, memory))
+                kept_checkpoints.append(_save(store, run, outbox, memory))
                 for old in kept_checkpoints[:-KEPT_CHECKPOINTS]:
-                    shutil.rmtree(old, ignore_errors=True)
+                    store.remove(job.number, old)
+                del kept_checkpoints[:-KEPT_CHECKPOINTS]
             rung = crossed
             yield row
 
@@ -196,10 +222,14 @@ def _sharing(job: Job, run: Run, memory: Memory) -> Sharing | None:
     """The stage cache; none for a trial in parts of batches, whose bits are its own, and none where it cannot be opened."""
     if job.cache is None or memory.micro_batch is not None:
         return None
-    try:
-        return Sharing(Cache.open(job.cache, limit=job.cache_limit, room=job.cache_room), run, job.rungs, silence=job.silence)
-    except UserError:
-        return None
+
+    def open_cache() -> Cache | None:
+        try:
+            return Cache.open(str(job.cache), limit=job.cache_limit, room=job.cache_room)
+        except UserError:
+            return None
+
+    return opened(run.env.task.ranks, run, job.rungs, open_cache, silence=job.silence)
 
 
 def _score(run: Run, report: Report, recovery: int, row: dict[str, Any], costs: list[Any]) -> dict[str, Any]:
@@ -279,44 +309,32 @@ def grace_cost(plan: Plan) -> int:
     return sum(plan.costs()[: prunes[1]]) if len(prunes) > 1 else 0
 
 
-def _save(folder: RunFolder, run: Run, outbox: list[dict[str, Any]], memory: Memory) -> Path:
+def _save(store: Checkpoints, run: Run, outbox: list[dict[str, Any]], memory: Memory) -> Checkpoint:
     """Write a checkpoint with all reports of the trial so far, so that it is never ahead of what can be reported.
 
-    Its size (bytes) is noted in the latest report as `checkpoint`, from which the driver knows what lies on the disk. A full disk is
-    waited for.
+    Its size (bytes) is noted in the latest report as `checkpoint`, from which the driver knows what is kept.
     """
     last = outbox[-1]
-    target = folder.checkpoint(last["trial"], last["attempt"], last["index"])
-
-    def fill(aside: Path) -> None:
-        run.state.save(aside / "state.safetensors", key=run.key, outbox=outbox, memory=asdict(memory))
-
-    with telling(folder.say_full):
-        publish_folder(target, fill)
-    last["extra"] = json.dumps({**json.loads(last["extra"]), "checkpoint": (target / "state.safetensors").stat().st_size})
-    return target
+    checkpoint = Checkpoint(last["index"], last["attempt"])
+    size = store.write(last["trial"], checkpoint, lambda path: run.state.save(path, key=run.key, outbox=outbox, memory=asdict(memory)))
+    last["extra"] = json.dumps({**json.loads(last["extra"]), "checkpoint": size})
+    return checkpoint
 
 
-def _restore(folder: RunFolder, job: Job, run: Run, memory: Memory) -> list[dict[str, Any]]:
+def _restore(store: Checkpoints, job: Job, run: Run, memory: Memory) -> list[dict[str, Any]]:
     """Load the newest readable checkpoint of any attempt into the run's state and return its reports; others are passed over.
 
     A trial that has run out of memory before goes on as it did then.
     """
-    for checkpoint in checkpoints(folder, job.number):
-        file = checkpoint / "state.safetensors"
+    for checkpoint in store.held(job.number).farthest_first():
         try:
-            if State.facts(file)["key"] == run.key:  # another torch or an edited model would go on from bits that are not its own
-                facts = run.state.load(file)
-                if not memory.retries:
-                    before = facts.get("memory") or {}
-                    memory.micro_batch, memory.retries = before.get("micro_batch"), before.get("retries", 0)
-                return list(facts["outbox"])
-        except UserError:
+            with store.reading(job.number, checkpoint) as file:
+                if State.facts(file)["key"] == run.key:  # another torch or an edited model would go on from bits that are not its own
+                    facts = run.state.load(file)
+                    if not memory.retries:
+                        before = facts.get("memory") or {}
+                        memory.micro_batch, memory.retries = before.get("micro_batch"), before.get("retries", 0)
+                    return list(facts["outbox"])
+        except (UserError, FileNotFoundError):
             continue
     return []
-
-
-def checkpoints(folder: RunFolder, number: int) -> list[Path]:
-    """The checkpoints of a trial, the farthest first."""
-    found = [path for path in folder.checkpoints.glob(f"{number}/*/*") if path.name.isdigit()]
-    return sorted(found, key=lambda path: (-int(path.name), str(path)))

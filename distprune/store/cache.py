@@ -13,16 +13,16 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from distprune.errors import UserError
+from distprune.store.place import Objects, local_path, why
 
 _KEY = re.compile(r"[0-9a-f]{64}")
 _FORGOTTEN_S = 3600.0  # after which what a killed process left half-written is removed
@@ -116,21 +116,17 @@ class Folder:
 
 
 class Bucket:
-    """A base path in any file system of pyarrow. Nothing is renamed: a file appears when its upload is complete."""
+    """Objects below a URL. Nothing is renamed: a file appears when its upload is complete."""
 
-    def __init__(self, filesystem: Any, base: str) -> None:
-        self._files, self._base = filesystem, base.rstrip("/")
+    def __init__(self, objects: Objects) -> None:
+        self._objects = objects
         self.leases: Path | None = None
-        self._files.create_dir(self._base, recursive=True)
 
     def have(self, names: Iterable[str]) -> set[str]:
         return {name for name, _, _ in self.list()} & set(names)  # one request for all of them
 
     def list(self) -> list[tuple[str, int, float]]:
-        import pyarrow.fs
-
-        found = self._files.get_file_info(pyarrow.fs.FileSelector(self._base))
-        return [(info.base_name, info.size, (info.mtime_ns or 0) / 1e9) for info in found if info.is_file]
+        return self._objects.list(deep=False)
 
     @contextmanager
     def aside(self) -> Iterator[Path]:
@@ -138,29 +134,23 @@ class Bucket:
             yield Path(folder) / "file"
 
     def put(self, aside: Path, name: str) -> None:
-        with open(aside, "rb") as source, self._files.open_output_stream(f"{self._base}/{name}") as target:
-            shutil.copyfileobj(source, target, 2**22)
+        self._objects.send(aside, name)
 
     def get(self, name: str) -> bytes:
-        with self._files.open_input_stream(f"{self._base}/{name}") as source:
-            return bytes(source.read())
+        return self._objects.get(name)
 
     @contextmanager
     def held(self, name: str) -> Iterator[Path]:
         with self.aside() as path:
-            with self._files.open_input_stream(f"{self._base}/{name}") as source, open(path, "wb") as target:
-                shutil.copyfileobj(source, target, 2**22)
+            self._objects.bring(name, path)
             yield path
 
     def touch(self, name: str, now: float) -> None:
         with suppress(FileNotFoundError):
-            content = self.get(name)  # written anew: the file system sets the time, the same for all who use it
-            with self._files.open_output_stream(f"{self._base}/{name}") as target:
-                target.write(content)
+            self._objects.put(name, self.get(name))  # written anew: the file system sets the time, the same for all who use it
 
     def remove(self, name: str) -> None:
-        with suppress(FileNotFoundError):
-            self._files.delete_file(f"{self._base}/{name}")
+        self._objects.remove(name)
 
 
 class Cache:
@@ -176,17 +166,10 @@ class Cache:
     def open(cls, where: str | Path, *, limit: int | None = None, room: int | None = None) -> "Cache":
         """The cache in a folder or at a URL such as s3://bucket/path. Raises UserError if it cannot be used."""
         try:
-            if "://" not in str(where):
-                return cls(Folder(Path(where)), limit=limit, room=room)
-            import pyarrow.fs
-
-            filesystem, base = pyarrow.fs.FileSystem.from_uri(str(where))
-            local = isinstance(filesystem, pyarrow.fs.LocalFileSystem)
-            return cls(Folder(Path(base)) if local else Bucket(filesystem, base), limit=limit, room=room)
+            folder = local_path(str(where))
+            return cls(Bucket(Objects.open(str(where))) if folder is None else Folder(folder), limit=limit, room=room)
         except (OSError, ValueError, NotImplementedError) as error:  # pyarrow raises all of them
-            raise UserError(
-                f"cache.path '{where}' cannot be used: {' '.join(str(error).split())}. Give a folder, or write cache: false."
-            ) from error
+            raise UserError(f"cache.path '{where}' cannot be used: {why(error)}. Give a folder, or write cache: false.") from error
 
     def lease(self, key: str) -> Path | None:
         """Where the lease of a key lies; None where there are none, and keys may be produced twice."""

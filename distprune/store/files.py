@@ -133,11 +133,14 @@ def cut(path: str | Path, size: int) -> None:
 
 
 @contextmanager
-def lock(folder: Path) -> Iterator[None]:
-    """Hold a run folder for one driver; the operating system gives it back when the process dies. Raises UserError if it is taken."""
+def lock(folder: Path, *, wait: bool = False) -> Iterator[None]:
+    """Hold a run folder for one driver; the operating system gives it back when the process dies.
+
+    Raises UserError if it is taken, unless that is waited for.
+    """
     with open(folder / ".lock", "a+") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except OSError as error:
             file.seek(0)
             holder = file.read().strip() or "unknown"

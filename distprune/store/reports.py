@@ -1,7 +1,8 @@
 """`reports.arrows`: every report of every trial, appended as it comes, readable while it grows.
 
 An Arrow IPC stream of a fixed schema. Readers tolerate a torn tail; every row carries a checksum, so that damage in the middle costs the
-rows it hit and none after them. A report is known by (trial, index): the first row of it counts.
+rows it hit and none after them. A report is known by (trial, index): the first row of it counts. Rows with a negative index are no reports
+but the driver's own notes on a trial, which only `recover` returns.
 """
 
 import json
@@ -98,7 +99,7 @@ class ReportWriter:
 def read(path: str | Path) -> pa.Table:
     """The intact reports of a stream that may be growing, torn or damaged."""
     rows, _, _ = _scan(Path(path))
-    return pa.Table.from_pylist(rows, schema=SCHEMA)
+    return pa.Table.from_pylist([row for row in rows if row["index"] >= 0], schema=SCHEMA)
 
 
 def recover(path: str | Path, *, born: int | None = None) -> tuple[list[dict[str, Any]], str]:

@@ -5,14 +5,14 @@ Written by one driver. A trial is born with one record and its end is told with 
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import optuna
 from optuna.distributions import BaseDistribution
-from optuna.storages import JournalStorage
+from optuna.storages import BaseStorage, JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
@@ -51,12 +51,16 @@ def step_of(rung: int) -> int:
     return max(rung, 0)
 
 
+def read_directions(names: Sequence[str]) -> list[StudyDirection]:
+    """As Optuna has them."""
+    return [StudyDirection[name.upper()] for name in names]
+
+
 class Truth:
     """What is known of the trials of a study."""
 
-    def __init__(self, journal: _Journal, storage: JournalStorage, study_id: int) -> None:
-        self._journal, self._storage, self._study = journal, storage, study_id
-        self._ids = {trial.number: trial._trial_id for trial in storage.get_all_trials(study_id, deepcopy=False)}
+    def __init__(self, storage: BaseStorage, study_id: int, ids: dict[int, int], sync: Callable[[], None]) -> None:
+        self._storage, self._study, self._ids, self._sync = storage, study_id, ids, sync
 
     def __len__(self) -> int:
         """How many trials were born."""
@@ -78,9 +82,10 @@ class Truth:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         journal = _Journal(path)
         storage = JournalStorage(journal)
-        if studies := storage.get_all_studies():
-            return cls(journal, storage, studies[0]._study_id)
-        return cls(journal, storage, storage.create_new_study([StudyDirection[direction.upper()] for direction in directions], name))
+        studies = storage.get_all_studies()
+        study_id = studies[0]._study_id if studies else storage.create_new_study(read_directions(directions), name)
+        ids = {trial.number: trial._trial_id for trial in storage.get_all_trials(study_id, deepcopy=False)}
+        return cls(storage, study_id, ids, journal.sync)
 
     def born(
         self,
@@ -90,7 +95,7 @@ class Truth:
         attrs: Mapping[str, Any],
         system_attrs: Mapping[str, Any] | None = None,
     ) -> None:
-        """Record trial `number` as running, with one record."""
+        """Record trial `number` as running, at once or not at all."""
         assert number == len(self._ids), f"the next trial is {len(self._ids)}, not {number}"
         trial = FrozenTrial(
             number=number,
@@ -105,10 +110,13 @@ class Truth:
             datetime_start=datetime.now(UTC),
             datetime_complete=None,
         )
+        self._ids[number] = self._create(trial)
+
+    def _create(self, trial: FrozenTrial) -> int:
         trial_id = self._storage.create_new_trial(self._study, trial)
         given = self._storage.get_trial(trial_id).number
-        assert given == number, f"the journal gave number {given} to trial {number}: another process writes it"
-        self._ids[number] = trial_id
+        assert given == trial.number, f"the study gave number {given} to trial {trial.number}: another process writes it"
+        return trial_id
 
     def tell(
         self, number: int, state: TrialState, values: Sequence[float] | None, constraints: Mapping[str, float], attrs: Mapping[str, Any]
@@ -120,17 +128,25 @@ class Truth:
         trial_id = self._ids[number]
         if self._storage.get_trial(trial_id).state.is_finished():
             return False
+        self._end(trial_id, state, values, constraints, attrs)
+        return True
+
+    def _end(
+        self, trial_id: int, state: TrialState, values: Sequence[float] | None, constraints: Mapping[str, float], attrs: Mapping[str, Any]
+    ) -> None:
         self._storage.set_trial_user_attr(trial_id, "end", dict(attrs))
         for key, value in constraints.items():
             self._storage.set_trial_system_attr(trial_id, f"constraints:{key}", float(value))  # as optuna.Trial.set_constraint stores it
         if state == TrialState.PRUNED and values:
             self._storage.set_trial_intermediate_value(trial_id, step_of(attrs["rung"]), values[0])
         self._storage.set_trial_state_values(trial_id, state, values)
-        return True
 
     def sync(self) -> None:
         """Have all that was told survive the death of the machine."""
-        self._journal.sync()
+        self._sync()
+
+    def hurry(self) -> None:
+        """Wait no longer for what does not answer: the search was interrupted, and the next driver tells what this one cannot."""
 
     def parameters(self, number: int) -> tuple[dict[str, Any], dict[str, BaseDistribution]]:
         """What trial `number` was proposed with."""

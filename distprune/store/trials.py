@@ -31,6 +31,7 @@ SCHEMA = pa.schema(
         ("score", _NUMBER),  # the best so far, of the network projected onto its final budget
         ("test", _NUMBER),  # trials on the front only
         ("repeat_of", _COUNT),  # the finalist that it repeats with another seed
+        ("round_of", _COUNT),  # the trial that came by its result in an earlier round: it cost nothing
         ("seeds", _COUNT),  # finished repeats of a finalist; the mean and standard deviation of their objective, its own not included
         ("mean", _NUMBER),
         ("spread", _NUMBER),
@@ -47,6 +48,7 @@ SCHEMA = pa.schema(
         ("deaths", _TEXT),  # JSON: why its workers died, as far as a driver saw it
         ("micro_batch", _COUNT),  # the most samples in one pass, where memory ran out; empty where it did not
         ("retries", _COUNT),  # times that it was begun again with half of the samples in a pass
+        ("asked", _COUNT),  # times that it was given more memory: twice the share of a GPU, or twice what it sets aside on its node
         ("wall_s", _NUMBER),
         ("recipe_key", _TEXT),
         ("recipe", _TEXT),  # JSON
@@ -67,5 +69,11 @@ def write_trials(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def read_trials(path: str | Path, *, columns: Sequence[str] | None = None) -> pa.Table:
-    """The table, or some of its columns."""
-    return pq.read_table(path, columns=list(columns) if columns else None)
+    """The table, or some of its columns; those that an earlier version did not write are empty."""
+    wanted = SCHEMA.names if columns is None else list(columns)
+    there = set(pq.read_schema(path).names)
+    table = pq.read_table(path, columns=[name for name in wanted if name in there])
+    for name in wanted:
+        if name not in there:
+            table = table.append_column(SCHEMA.field(name), pa.nulls(table.num_rows, SCHEMA.field(name).type))
+    return table.select(wanted)

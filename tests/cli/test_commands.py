@@ -2,6 +2,8 @@
 
 import functools
 import gzip
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,8 +17,10 @@ from toys import BASE, REPOSITORY
 from distprune.cli import main
 from distprune.core.data import cifar
 from distprune.report.tables import show_result
+from distprune.store.folder import RunFolder
 
 DIGITS = yaml.safe_load((REPOSITORY / "configs" / "digits.yaml").read_text())
+S3 = "s3://bucket/runs?endpoint_override=127.0.0.1:1&scheme=http"  # where nobody answers
 
 
 def _write(path: Path, value: Any) -> str:
@@ -106,7 +110,9 @@ def test_an_existing_run_is_not_overwritten(tmp_path: Path, capsys: pytest.Captu
     [
         ({"storage": "{}/file"}, "storage '{}/file' cannot hold the run folder 'digits': not a directory. Write storage: FOLDER"),
         ({"storage": "/proc/x"}, "storage '/proc/x' cannot hold the run folder"),
-        ({"storage": "s3://bucket/runs"}, "search.storage must be a folder, got 's3://bucket/runs'"),
+        ({"storage": "s3://k:s@bucket/runs"}, "search.storage must hold no credentials, as it is written into run folders"),
+        ({"storage": S3}, f"storage '{S3}' cannot hold the run 'digits': no store answers there. Check the URL, and that the environment"),
+        ({"cache": {"path": S3}}, f"cache.path '{S3}' cannot be used: no store answers there. Give a folder, or write cache: false."),
         ({"name": "x" * 300}, "file name too long"),
         ({"cache": {"path": "{}/file"}}, "cache.path '{}/file' cannot be used: not a directory. Give a folder, or write cache: false."),
         ({"cache": {"path": "/proc/x"}}, "cache.path '/proc/x' cannot be used"),
@@ -134,15 +140,19 @@ def test_check_leaves_nothing_behind_and_says_what_stands_in_the_way(tmp_path: P
     output = capsys.readouterr().out
     assert "Not on this machine: workers.gpus must be at most" in output and "exists already" not in output
     assert [path.name for path in tmp_path.iterdir()] == ["s.yaml"]
-    (tmp_path / "a" / "runs" / "digits").mkdir(parents=True)
+    (tmp_path / "a" / "runs" / "digits" / "masks").mkdir(parents=True)
     assert main(["check", config]) == 0
     assert f"{tmp_path / 'a' / 'runs' / 'digits'} exists already: a new search wants another name, --name NAME." in capsys.readouterr().out
 
 
-def test_the_next_limit_does_not_count_repeats_of_finalists(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_next_limit_does_not_count_repeats_of_finalists(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     rows = [{"repeat_of": None, "ended": "finished"}] * 8 + [{"repeat_of": 3, "ended": "finished"}] * 6
-    rows = [{**dict.fromkeys(("reason", "cost", "spent", "saved", "violated")), **row} for row in rows]
-    folder = SimpleNamespace(path=Path("runs/x"), simulated=lambda: None)
+    rows = [{**dict.fromkeys(("reason", "cost", "spent", "saved", "violated", "round_of")), **row} for row in rows]
+    monkeypatch.chdir(tmp_path)
+    folder = RunFolder(Path("runs/x")).create()
+    folder.search_yaml.write_text("search: {}\n")
     found: Any = SimpleNamespace(folder=folder, pareto=lambda: [], trials=SimpleNamespace(to_pylist=lambda: rows, __len__=lambda: 14))
     show_result(found)
     assert "resume runs/x --trials 16" in capsys.readouterr().out
@@ -182,6 +192,32 @@ def test_bad_recipes(
 ) -> None:
     value = {**BASE, "paradigm": "at_init", "sparsity": 0.5, "allocator": "erk", **changes}
     assert message in _error(capsys, "run", _write(tmp_path / "r.yaml", value), *arguments)
+
+
+def test_sigterm_ends_a_search_as_ctrl_c_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    cleared = []
+
+    def search(config: Path, *, listen: Any, **_: Any) -> None:
+        of_it = SimpleNamespace(minimize=[], limits=SimpleNamespace(trials=1))
+        setup = SimpleNamespace(search=of_it, space=SimpleNamespace(axes={}), total=1, mean_cost=1)
+        listen("running", {"setup": setup, "found": {"ended": 0, "told now": 0}, "folder": RunFolder(tmp_path)})
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            pytest.fail("it goes on")
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)  # a second one does not disturb the clearing up
+            cleared.append(True)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr("distprune.api.search", search)
+    assert main(["search", "s.yaml"]) == 143 and cleared
+    assert f"Interrupted; nothing is lost. Go on with: distprune resume {tmp_path}" in capsys.readouterr().out
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_only_jobs_take_what_is_for_jobs(capsys: pytest.CaptureFixture[str]) -> None:
+    for option in (["--pip", "x.txt"], ["--uv", "x.txt"], ["--no-follow"]):
+        assert "give the dashboard, --address http://HEAD:8265" in _error(capsys, "resume", "runs/x", *option)
 
 
 def test_bad_yaml(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

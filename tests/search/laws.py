@@ -41,6 +41,9 @@ class _Alone:
     def open(self, search: Any) -> None:
         pass
 
+    def largest(self) -> None:
+        pass
+
     def run(self, search: Any, book: Any, job: Callable[[Any], Any], ended: Any, draw: Any) -> None:
         for _ in [entry for entry in book.entries if not entry.decided]:
             assignment = book.next()
@@ -51,6 +54,9 @@ class _Nothing:
     """Runs no trial."""
 
     def open(self, search: Any) -> None:
+        pass
+
+    def largest(self) -> None:
         pass
 
     def run(self, search: Any, book: Any, job: Any, ended: Any, draw: Any) -> None:

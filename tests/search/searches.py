@@ -15,6 +15,7 @@ from distprune.search.config import Search
 from distprune.search.simulate import Curve, Simulator
 from distprune.search.trial import Job
 from distprune.store import files
+from distprune.store.checkpoints import checkpoints_at
 from distprune.store.folder import RunFolder
 from distprune.store.reports import read
 from distprune.store.study import Truth
@@ -23,7 +24,7 @@ STEPS = 6
 TOTAL = 3882  # prunable weights of toys.network
 
 
-def search(storage: Path, *, trials: int = 8, name: str = "s", **changes: Any) -> Search:
+def search(storage: Path | str, *, trials: int = 8, name: str = "s", **changes: Any) -> Search:
     """A search on the toys."""
     value: dict[str, Any] = {
         "name": name,
@@ -31,6 +32,7 @@ def search(storage: Path, *, trials: int = 8, name: str = "s", **changes: Any) -
         "space": {"paradigm": ["dense", "at_init", "gradual"], "criterion": ["magnitude", "snip"], "allocator": ["erk", "uniform"]},
         "sampler": "random",
         "limits": {"trials": trials},
+        "rounds": False,  # made-up trials leave nothing in a cache
         "storage": str(storage),
     }
     return Search.read({**value, **changes})
@@ -78,7 +80,7 @@ def start(value: Search, *, workers: int = 2, using: Curve = curve) -> RunFolder
     return driver.start(value, engine=Simulator(using, workers=workers), listen=lambda event, facts: None)
 
 
-def resume(path: Path, *, workers: int = 2, using: Curve = curve, **limits: Any) -> RunFolder:
+def resume(path: Path | str, *, workers: int = 2, using: Curve = curve, **limits: Any) -> RunFolder:
     """Go on with it."""
     return driver.resume(path, limits=limits, engine=Simulator(using, workers=workers), listen=lambda event, facts: None)
 
@@ -99,6 +101,12 @@ def reports(folder: RunFolder) -> dict[int, list[dict[str, Any]]]:
 def outcome(folder: RunFolder) -> list[tuple[Any, ...]]:
     """What a search decided: state, end, parameters and values of every trial."""
     return [(t.number, t.state.name, t.user_attrs["end"]["ended"], sorted(t.params.items(), key=str), t.values) for t in trials(folder)]
+
+
+def checkpoints(folder: Path, number: int) -> list[Path]:
+    """The folders of a trial's checkpoints, the farthest first."""
+    found = checkpoints_at(str(folder)).held(number).farthest_first()
+    return [RunFolder(folder).checkpoint(number, at.attempt, at.report) for at in found]
 
 
 def job_in(folder: Path, **changes: Any) -> Job:

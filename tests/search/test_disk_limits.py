@@ -104,7 +104,7 @@ def test_what_waits_keeps_to_the_limit_and_begins_again(workers: int, tmp_path: 
     runs, made = [], list[dict[int, list[dict[str, Any]]]]()
     for name, disk in (("free", None), ("bound", limit)):
         made.append({})
-        value = search(tmp_path, name=name, scheduler=PROMOTE, limits={"trials": 20, **({"disk": disk} if disk else {})})
+        value = search(tmp_path, name=name, scheduler=PROMOTE, limits={"trials": 40, **({"disk": disk} if disk else {})})
         runs.append(start(value, workers=workers, using=_sized(made[-1])))
     free, bound = runs
     assert most[0] > 3 * limit and most[1] <= limit and not any(crowded)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from searches import STEPS, TOTAL, curve, job_in, outcome, reports, resume, search, start, trials
+from searches import STEPS, TOTAL, checkpoints, curve, job_in, outcome, reports, resume, search, start, trials
 from torch import nn
 from toys import BASE, recipe
 
@@ -30,7 +30,7 @@ from distprune.search.goals import Goals
 from distprune.search.retention import Retention
 from distprune.search.rungs import Rungs
 from distprune.search.simulate import Simulator
-from distprune.search.trial import Job, checkpoints, run_trial
+from distprune.search.trial import Job, run_trial
 from distprune.search.verdict import verdict
 from distprune.search.volume import contributions, hypervolume
 from distprune.store.folder import RunFolder
@@ -117,7 +117,7 @@ def test_it_goes_on_from_its_own_checkpoint_and_stays_where_it_was(memory: Any, 
     assert len({row["attempt"] for row in rows}) > 1, "what was lost is paid for by the attempt that lost it"
     assert max(row["spent"] for row in rows if row["attempt"] == rows[-1]["attempt"]) < whole[-1]["spent"], "not from the start"
     memory(after=10**9)  # memory would be enough again: after a kill it goes on as it did all the same
-    last = checkpoints(RunFolder(tmp_path / "short"), 3)
+    last = checkpoints(tmp_path / "short", 3)
     again = list(run_trial(_job(tmp_path / "short", known=0)))
     assert last and [row["objective"] for row in again] == [row[2] for row in _numbers(rows)]
 
@@ -321,21 +321,17 @@ def test_reports_sent_again_are_no_progress_and_preemption_counts_for_nothing(tm
 
 
 @pytest.mark.parametrize(
-    ("message", "preempted", "cause"),
+    ("message", "cause"),
     [
-        ("The actor died because its node has died. Node Id: 1", True, "preempted"),
-        ("The actor died because its node has died. Node Id: 1", False, "node died"),
-        ("Task was killed due to the node running low on memory.", False, "memory of the node"),
-        (
-            "The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR ... OOM killer",
-            False,
-            "worker process died",
-        ),
-        ("what is this", False, "unknown"),
+        ("The actor died because its node has died. Node Id: 1\n\tthe actor's node was preempted: spot", "preempted"),
+        ("The actor died because its node has died. Node Id: 1", "node died"),
+        ("Task was killed due to the node running low on memory.", "memory of the node"),
+        ("The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR ... OOM killer", "worker process died"),
+        ("what is this", "unknown"),
     ],
 )
-def test_causes_of_death(message: str, preempted: bool, cause: str) -> None:
-    assert cause_of_death(message, preempted=preempted) == cause
+def test_causes_of_death(message: str, cause: str) -> None:
+    assert cause_of_death(message) == cause
 
 
 # Timeouts.
@@ -654,21 +650,16 @@ class Handle:
     trial_id = "t"
 
     def __init__(self, tmp_path: Path) -> None:
-        self.pickled_error_file, self.error_file = str(tmp_path / "error.pkl"), str(tmp_path / "error.txt")
+        self.error_file, self._failures = str(tmp_path / "error.txt"), 0
         self.temporary_state = type("State", (), {"ray_actor": "the actor"})()
 
-    def dies(self, gate: Any, face: Any, message: str, *, preempted: bool = False, pickled: bool = True) -> None:
-        """As Ray does it: it tells the scheduler and, unless the trial was preempted and is begun again by Ray itself, the searcher."""
-        from ray import cloudpickle
-        from ray.exceptions import RayActorError
-
-        Path(self.pickled_error_file).unlink(missing_ok=True)
-        if pickled:
-            Path(self.pickled_error_file).write_bytes(cloudpickle.dumps(RayActorError("0", message, preempted=preempted)))
-        Path(self.error_file).write_text(message)
+    def dies(self, gate: Any, face: Any, message: str) -> None:
+        """As Ray does it: it adds to the text of errors, and tells the scheduler and the searcher."""
+        self._failures += 1
+        with open(self.error_file, "a") as file:
+            file.write(f"Failure # {self._failures} (occurred at 2026-01-01)\n{message}\n")
         gate.on_trial_error(None, self)
-        if not preempted:
-            face.on_trial_complete("t", error=True)
+        face.on_trial_complete("t", error=True)
 
 
 def _goes_on(book: Book) -> bool:
@@ -684,17 +675,18 @@ def test_a_trial_is_begun_again_until_its_workers_die_without_progress(tmp_path:
     words = "The actor is dead because its worker process has died."
     for index in range(4):
         for _ in range(5):
-            handle.dies(gate, face, words, preempted=True)
-            handle.dies(gate, face, "The actor died because its node has died.", pickled=index % 2 == 0)
+            handle.dies(gate, face, "The actor died because its node has died. The actor's node was preempted.")
             assert _goes_on(book), "nobody's fault"
+            handle.dies(gate, face, "The actor died because its node has died.")
+            assert _goes_on(book), "nobody's fault, and what was said before is another death"
         for _ in range(2):
             handle.dies(gate, face, words)
             assert _goes_on(book)
-        gate.on_trial_result(None, handle, {"r": json.dumps(_row(0, index, attempt=str(index)))})  # type: ignore[arg-type]
+        gate.on_trial_result(None, handle, {"r": json.dumps([_row(0, index, attempt=str(index))])})  # type: ignore[arg-type]
     for _ in range(2):
         handle.dies(gate, face, words)
         assert _goes_on(book)
-    gate.on_trial_result(None, handle, {"r": json.dumps(_row(0, 3, attempt="again"))})  # type: ignore[arg-type]
+    gate.on_trial_result(None, handle, {"r": json.dumps([_row(0, 3, attempt="again")])})  # type: ignore[arg-type]
     handle.dies(gate, face, "the node running low on memory")
     assert not _goes_on(book), "what was sent again was no progress"
     entry = book.entries[0]
@@ -754,7 +746,7 @@ def test_a_worker_that_hangs_is_killed_when_its_time_is_up(tmp_path: Path, monke
         return len(killed)
 
     assert wait(40) == 0
-    gate.on_trial_result(None, handle, {"r": json.dumps(_row(0, 0, wall_s=40.0))})  # type: ignore[arg-type]
+    gate.on_trial_result(None, handle, {"r": json.dumps([_row(0, 0, wall_s=40.0)])})  # type: ignore[arg-type]
     draw.on_trial_result(**some, result={})
     assert wait(19) == 0 and wait(2) == 1 == wait(30)
     handle.dies(gate, face, "killed by `ray.kill`")

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from searches import reports, search, start
+from searches import checkpoints, reports, search, start
 from toys import PARADIGMS, SETTINGS, recipe
 
 from distprune.core import run as core_run
@@ -26,7 +26,7 @@ from distprune.search import driver, sharing, trial
 from distprune.search.config import Search
 from distprune.search.entry import Assignment
 from distprune.search.sharing import Sharing
-from distprune.search.trial import Job, checkpoints, run_trial
+from distprune.search.trial import Job, run_trial
 from distprune.store.cache import Cache
 from distprune.store.folder import RunFolder
 from distprune.store.lease import Lease
@@ -69,7 +69,7 @@ def _plain(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _bits(job: Job) -> dict[str, torch.Tensor]:
     """The tensors of its last checkpoint, but for snapshots: those that nobody reads any more are not loaded."""
-    found = load_file(checkpoints(RunFolder(Path(job.folder)), job.number)[0] / "state.safetensors")
+    found = load_file(checkpoints(Path(job.folder), job.number)[0] / "state.safetensors")
     return {name: tensor for name, tensor in found.items() if not name.startswith("snapshots/")}
 
 
@@ -186,7 +186,7 @@ def test_a_served_trial_that_is_cut_goes_on(stop: int, tmp_path: Path) -> None:
     work.close()
     for name in ("rung", "cost", "spent"):
         assert all(row[name] is not None for row in heard)
-    for checkpoint in checkpoints(RunFolder(tmp_path / "cut"), 0):
+    for checkpoint in checkpoints(tmp_path / "cut", 0):
         outbox = State.facts(checkpoint / "state.safetensors")["outbox"]
         assert outbox[-1]["index"] == int(checkpoint.name) < stop, "never ahead of its reports"
     again = list(run_trial(replace(_job(tmp_path / "cut", paradigm, 0.8, cache=cache), known=stop)))

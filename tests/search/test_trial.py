@@ -7,14 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from searches import job_in, resume, search, start
+from searches import checkpoints, job_in, resume, search, start
 from toys import finish, ready, recipe, same, tensors
 
 from distprune.core.executor import execute
 from distprune.core.projection import project
 from distprune.result import Result
-from distprune.search.trial import Job, checkpoints, grace_cost, run_trial
-from distprune.store.folder import RunFolder
+from distprune.search.trial import Job, grace_cost, run_trial
 
 ROUNDS = {"name": "lth", "share": 0.6, "rewind_to": "10%"}
 
@@ -61,16 +60,16 @@ def test_a_restart_sends_what_is_not_known_and_goes_on(stop: int, tmp_path: Path
 
 def test_a_checkpoint_is_never_ahead_of_its_reports(tmp_path: Path) -> None:
     for row in run_trial(_job(tmp_path)):
-        for checkpoint in checkpoints(RunFolder(tmp_path), 3):
+        for checkpoint in checkpoints(tmp_path, 3):
             run = ready(ROUNDS, sparsity=0.8)
             outbox = run.state.load(checkpoint / "state.safetensors")["outbox"]
             assert outbox[-1]["index"] == int(checkpoint.name) == run.state.reports - 1 <= row["index"]
-        assert len(checkpoints(RunFolder(tmp_path), 3)) <= 2
+        assert len(checkpoints(tmp_path, 3)) <= 2
 
 
 def test_an_unreadable_checkpoint_is_passed_over(tmp_path: Path) -> None:
     whole = list(run_trial(_job(tmp_path)))
-    newest = checkpoints(RunFolder(tmp_path), 3)[0]
+    newest = checkpoints(tmp_path, 3)[0]
     (newest / "state.safetensors").write_bytes(b"torn")
     assert _plain(list(run_trial(_job(tmp_path)))) == _plain(whole)
 

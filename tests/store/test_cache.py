@@ -16,6 +16,7 @@ import pytest
 from distprune.errors import UserError
 from distprune.store import cache as store
 from distprune.store.cache import Bucket, Cache, Folder
+from distprune.store.place import Objects
 
 
 def key(text: object) -> str:
@@ -51,13 +52,13 @@ class Clock:
 
 
 def _bucket(folder: Path) -> Any:
-    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "c").mkdir(parents=True, exist_ok=True)
     return pyarrow.fs.SubTreeFileSystem(str(folder), pyarrow.fs.LocalFileSystem())
 
 
 @pytest.fixture(params=["folder", "bucket"])
 def cache(request: pytest.FixtureRequest, tmp_path: Path) -> Cache:
-    return Cache(Folder(tmp_path / "c") if request.param == "folder" else Bucket(_bucket(tmp_path), "c"))
+    return Cache(Folder(tmp_path / "c") if request.param == "folder" else Bucket(Objects(_bucket(tmp_path), "c")))
 
 
 def test_what_is_read_is_what_was_published(cache: Cache, tmp_path: Path) -> None:
@@ -123,7 +124,7 @@ def test_the_longest_unused_goes_first(tmp_path: Path) -> None:
 
 
 def test_a_bucket_keeps_to_the_limit(tmp_path: Path) -> None:
-    cache = Cache(Bucket(_bucket(tmp_path), "c"), limit=3500)
+    cache = Cache(Bucket(Objects(_bucket(tmp_path), "c")), limit=3500)
     for number in range(8):
         put(cache, number)
         assert sum(path.stat().st_size for path in (tmp_path / "c").iterdir()) <= 3500
@@ -133,7 +134,7 @@ def test_a_bucket_keeps_to_the_limit(tmp_path: Path) -> None:
 def test_a_mock_file_system_will_do() -> None:
     from datetime import UTC, datetime
 
-    cache = Cache(Bucket(pyarrow.fs._MockFileSystem(datetime.now(UTC)), "some/where"))
+    cache = Cache(Bucket(Objects(pyarrow.fs._MockFileSystem(datetime.now(UTC)), "some/where")))
     assert put(cache, "a") and got(cache, "a") == content("a") and cache.lease(key("a")) is None
 
 

@@ -38,7 +38,9 @@ def test_what_is_no_run_folder_is_refused_with_those_that_are(tmp_path: Path) ->
 
 def test_every_path_lies_in_the_folder(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "x")
-    plain = [getattr(folder, name) for name, value in vars(RunFolder).items() if isinstance(value, property)]
+    found = [getattr(folder, name) for name, value in vars(RunFolder).items() if isinstance(value, property)]
+    plain = [path for path in found if isinstance(path, Path)]
+    assert len(plain) > 8
     for path in [*plain, folder.masks_file(3), folder.checkpoint(3, "a1b2", 7)]:
         assert folder.path in path.resolve().parents
     assert folder.checkpoint(3, "a1b2", 7).relative_to(folder.path) == Path("checkpoints/3/a1b2/7")

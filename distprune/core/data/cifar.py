@@ -1,11 +1,11 @@
 """CIFAR-10 and CIFAR-100: 50,000 + 10,000 colour images of 32x32."""
 
 from distprune.core.data.dataset import Augment, Dataset, assemble
-from distprune.core.data.folder import read
+from distprune.core.data.folder import files, read
 from distprune.core.registry import data
 
 
-@data("cifar10", paper="Krizhevsky 2009, Learning multiple layers of features from tiny images")
+@data("cifar10", paper="Krizhevsky 2009, Learning multiple layers of features from tiny images", files=files)
 def cifar10(
     *,
     folder: str = "",
@@ -20,7 +20,7 @@ def cifar10(
     return assemble("cifar10", train, test, classes=10, validation=validation, split_seed=split_seed, limit=limit, augment=augment)
 
 
-@data("cifar100", paper="Krizhevsky 2009, Learning multiple layers of features from tiny images")
+@data("cifar100", paper="Krizhevsky 2009, Learning multiple layers of features from tiny images", files=files)
 def cifar100(
     *,
     folder: str = "",

@@ -6,7 +6,7 @@ from distprune.core.data.dataset import Augment, Dataset, Split, assemble, split
 from distprune.core.registry import data
 
 
-@data("digits", paper="Alpaydin & Kaynak 1998, UCI Optical Recognition of Handwritten Digits")
+@data("digits", paper="Alpaydin & Kaynak 1998, UCI Optical Recognition of Handwritten Digits", files=lambda choice: [])
 def digits(*, validation: float = 0.2, limit: int | None = None, split_seed: int = 0, augment: Augment = "none") -> Dataset:
     """Handwritten digits: 1,797 grey images of 8x8, 10 classes. A fixed fifth is the test split, whatever `split_seed` is."""
     from sklearn.datasets import load_digits

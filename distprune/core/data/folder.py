@@ -12,11 +12,18 @@ import torch
 from torch import Tensor
 
 from distprune.core.data.dataset import Split
+from distprune.core.registry import Choice
 from distprune.errors import UserError
 
 PARQUET = ("train.parquet", "test.parquet")  # columns: image (encoded bytes, or a struct with `bytes`), label
 IDX = ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz", "t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz")
 CACHE = "~/.cache/distprune/data"
+
+
+def files(choice: Choice) -> list[Path]:
+    """What `read` may read for a choice."""
+    folder = Path(choice.option("folder") or CACHE).expanduser()
+    return [folder / name for name in (*PARQUET, *IDX)] if choice.option("folder") else sorted(folder.rglob("*"))
 
 
 def read(name: str, *, source: str, channels: int, classes: int, folder: str, download: bool) -> tuple[Split, Split]:

@@ -11,7 +11,7 @@ from distprune.errors import UserError
 _LUMA = (0.299, 0.587, 0.114)  # grey of red, green and blue (ITU-R BT.601)
 
 
-@data("image", paper="scikit-learn's sample images; Ulyanov et al. 2018, arXiv:1711.10925")
+@data("image", paper="scikit-learn's sample images; Ulyanov et al. 2018, arXiv:1711.10925", files=lambda choice: [choice.option("picture")])
 def image(*, picture: str = "china", side: int = 64, grey: bool = True) -> Dataset:
     """The middle square of one picture, scaled to `side` pixels: scikit-learn's china or flower, or the path of a file of your own."""
     if side < 8:
@@ -26,7 +26,7 @@ def image(*, picture: str = "china", side: int = 64, grey: bool = True) -> Datas
     return _alone("image", Split(scaled.round().clamp(0, 255).byte(), torch.zeros(1, dtype=torch.int64)))
 
 
-@data("gaussian_signal", paper="Buskulic et al. 2023, arXiv:2303.11265, section 4")
+@data("gaussian_signal", paper="Buskulic et al. 2023, arXiv:2303.11265, section 4", files=lambda choice: [])
 def gaussian_signal(*, n: int = 60, seed: int = 0) -> Dataset:
     """A vector of `n` independent N(0, 1) numbers, as an image of one pixel with `n` channels."""
     if n < 1:

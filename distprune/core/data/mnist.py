@@ -1,11 +1,11 @@
 """MNIST and Fashion-MNIST: 60,000 + 10,000 grey images of 28x28, 10 classes."""
 
 from distprune.core.data.dataset import Augment, Dataset, assemble
-from distprune.core.data.folder import read
+from distprune.core.data.folder import files, read
 from distprune.core.registry import data
 
 
-@data("mnist", paper="LeCun et al. 1998, Gradient-based learning applied to document recognition")
+@data("mnist", paper="LeCun et al. 1998, Gradient-based learning applied to document recognition", files=files)
 def mnist(
     *,
     folder: str = "",
@@ -20,7 +20,7 @@ def mnist(
     return assemble("mnist", train, test, classes=10, validation=validation, split_seed=split_seed, limit=limit, augment=augment)
 
 
-@data("fashion_mnist", paper="Xiao et al. 2017, arXiv:1708.07747")
+@data("fashion_mnist", paper="Xiao et al. 2017, arXiv:1708.07747", files=files)
 def fashion_mnist(
     *,
     folder: str = "",

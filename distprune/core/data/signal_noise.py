@@ -10,7 +10,7 @@ from distprune.core.streams import stream
 from distprune.errors import UserError
 
 
-@data("signal_noise", paper="Yang et al. 2023, arXiv:2301.00335")
+@data("signal_noise", paper="Yang et al. 2023, arXiv:2301.00335", files=lambda choice: [])
 def signal_noise(
     *,
     dimension: int = 1000,

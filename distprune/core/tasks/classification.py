@@ -109,7 +109,7 @@ class Classification(Task):
         model.eval()
         try:
             with fits(size):
-                return torch.cat([model(self.normalise(part)).float() for part in torch.split(inputs, size)])
+                return self.ranks.each(torch.split(inputs, size), lambda part: model(self.normalise(part)).float())
         finally:
             model.train(training)
 
