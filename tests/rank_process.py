@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import distributed, nn
 from toys import finish, ready
 
+from distprune.core.hooks.early_bird import EarlyBird
 from distprune.core.masks import Masks
 from distprune.core.ranks import ALONE, Ranks, Together
 from distprune.core.run import Run
@@ -47,7 +48,7 @@ def double(shape: tuple[int, int, int], classes: int) -> nn.Module:
 def run_case(case: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
     """A recipe on the toys, to its end: what came out as plain data."""
     case = dict(case)
-    micro_batch, broken = case.pop("micro_batch", None), case.pop("broken", False)
+    micro_batch, broken, deaf = case.pop("micro_batch", None), case.pop("broken", False), case.pop("deaf", False)
     run: Run = ready(case.pop("paradigm"), case.pop("sparsity", None), **case)
     run.env.task.ranks = run.state.ranks = ranks
     run.env.task.micro_batch = micro_batch
@@ -57,7 +58,13 @@ def run_case(case: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
         with torch.no_grad():
             for parameter in run.state.model.parameters():
                 parameter.add_(0.01)
-    reports = finish(run)
+    settled = EarlyBird.step
+    if deaf and ranks.rank:  # one that would never see that masks have settled
+        EarlyBird.step = lambda *arguments: settled(*arguments) and False  # type: ignore[method-assign]
+    try:
+        reports = finish(run)
+    finally:
+        EarlyBird.step = settled  # type: ignore[method-assign]
     state = run.state
     tensors = {name: value.double().flatten().tolist() for name, value in state.values().items()}
     return {
@@ -72,6 +79,16 @@ def run_case(case: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
 def primitives(ranks: Ranks) -> dict[str, Any]:
     """What ranks say to one another."""
     own = Masks({"a": torch.tensor([[True, False], [bool(ranks.rank), True]]), "b": torch.tensor([not ranks.rank])})
+    state = ready("dense").state
+    kept = state.slots["0.Hook"] = {
+        "steps": 3 + ranks.rank,
+        "deep": {"a": [0.1 * ranks.rank]},
+        "mask": torch.tensor([not ranks.rank]),
+        f"only {ranks.rank}": 1,
+    }
+    state.slots["1.Hook"] = dict(sorted({"x": torch.ones(2) + ranks.rank, "y": torch.zeros(2)}.items(), reverse=bool(ranks.rank)))
+    state.penalties = {"l2": {"w": 1.0 + ranks.rank}}
+    ranks.align(state)
     parts = torch.arange(22.0).reshape(11, 2).split(3)
     computed: list[int] = []
 
@@ -83,6 +100,8 @@ def primitives(ranks: Ranks) -> dict[str, Any]:
         "told": ranks.tell(b"rank 0's" if ranks.rank == 0 else b"").decode(),
         "nothing": ranks.tell(b"").decode(),
         "masks": {name: mask.tolist() for name, mask in ranks.agree(own).items()},
+        "plain": [{key: value for key, value in kept.items() if key != "mask"}, kept["mask"].tolist(), state.penalties],
+        "order": {key: value.tolist() for key, value in state.slots["1.Hook"].items()},
         "each": ranks.each(parts, compute).tolist(),
         "one": ranks.each(parts[:1], compute).tolist(),
         "computed": computed,

@@ -67,7 +67,10 @@ def train(stage: "Train", state: "State", env: "Env") -> Iterator[None]:
         if not keeps_zeros:
             state.zero_removed()
         state.clock += 1
-        if any([hook.step(memory, state, env) for hook, memory in hooks]):
+        ends = any([hook.step(memory, state, env) for hook, memory in hooks])
+        if stage.may_end_early:  # rank 0 says when
+            ends = bool(task.ranks.tell(b"ends" if ends else b""))
+        if ends:
             break
         if stage.reports_now(state, env):
             _check_finite(losses, state)

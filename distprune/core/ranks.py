@@ -5,18 +5,21 @@ samples, into what the whole batch gives, before any hook sees them. Batch norma
 masks, penalties and mask updates are computed on every rank alike, from the same numbers, and so once for the network. A split that is
 measured is shared out by batches, which gives the same bits as one process.
 
-Rounding on a GPU may differ from process to process where sums have no order. So masks are those of rank 0 whenever they change, and what
-a rank holds is that of rank 0 at every report and between stages: ranks cannot come apart. Against one process numbers differ by rounding,
-and dropout draws for each slice anew.
+Rounding on a GPU may differ from process to process where sums have no order. So masks are those of rank 0 whenever they change, rank 0
+says when a stage ends before its time, and what a rank holds, tensors and plain numbers, is that of rank 0 at every report and between
+stages: ranks cannot come apart. Against one process numbers differ by rounding, and dropout draws for each slice anew.
 """
 
 import functools
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
+from distprune.errors import UserError
 
 if TYPE_CHECKING:
     from distprune.core.masks import Masks
@@ -45,7 +48,7 @@ class Ranks:
         return masks
 
     def align(self, state: "State") -> None:
-        """Make what a state holds that of rank 0."""
+        """Make what a state holds that of rank 0. Raises UserError if it holds other tensors there."""
 
     def each(self, parts: Sequence[Tensor], compute: Callable[[Tensor], Tensor]) -> Tensor:
         """`compute` of all parts, in order as one tensor; each part is computed by one rank."""
@@ -111,16 +114,42 @@ class Together(Ranks):
 
     @torch.no_grad()
     def align(self, state: "State") -> None:
-        tensors = [*state.model.state_dict().values(), *state.leaves.values()]
-        for room in (state.memory, state.slots):
-            tensors += [value for values in room.values() for value in values.values() if isinstance(value, Tensor)]
-        for dtype in sorted({tensor.dtype for tensor in tensors}, key=str):
-            alike = [tensor.detach() for tensor in tensors if tensor.dtype == dtype]
+        held = {f"model/{name}": tensor for name, tensor in state.model.state_dict().items()}
+        held |= {f"leaves/{name}": leaf.detach() for name, leaf in state.leaves.items()}
+        plain: dict[str, dict[str, dict[str, Any]]] = {"memory": {}, "slots": {}}
+        rooms = {"memory": state.memory, "slots": state.slots}
+        for room, rows in rooms.items():
+            for owner, memory in rows.items():
+                plain[room][owner] = {key: value for key, value in memory.items() if not isinstance(value, Tensor)}
+                held |= {f"{room}/{owner}/{key}": value.detach() for key, value in memory.items() if isinstance(value, Tensor)}
+        self._align_plain(state, rooms, plain, {name: [str(tensor.dtype), *tensor.shape] for name, tensor in held.items()})
+        ordered = [held[name] for name in sorted(held)]
+        for dtype in sorted({tensor.dtype for tensor in ordered}, key=str):
+            alike = [tensor for tensor in ordered if tensor.dtype == dtype]
             flat = torch.cat([tensor.flatten().to(self._device) for tensor in alike])
             flat = self._of_first(flat.to(torch.uint8)).bool() if dtype == torch.bool else self._of_first(flat)
             parts = torch.split(flat, [tensor.numel() for tensor in alike])  # type: ignore[no-untyped-call]
             for tensor, values in zip(alike, parts, strict=True):
                 tensor.copy_(values.view(tensor.shape))
+
+    def _align_plain(self, state: "State", rooms: dict[str, Any], plain: dict[str, Any], held: dict[str, list[Any]]) -> None:
+        """Take over what is no tensor, in place, as hooks hold on to their memory; tensors must be the same ones."""
+        own = {"plain": plain, "penalties": state.penalties, "held": held}
+        told = json.loads(self.tell(json.dumps(own).encode() if self.rank == 0 else b""))
+        if self.rank == 0:
+            return
+        if differing := sorted(name for name in held.keys() | told["held"].keys() if held.get(name) != told["held"].get(name)):
+            raise UserError(
+                f"Ranks must hold the same tensors, and rank {self.rank} differs from rank 0 in {', '.join(differing[:3])}. Have the hook "
+                "or optimizer decide by what all ranks see alike, or write workers.ranks: 1."
+            )
+        state.penalties = told["penalties"]
+        for room, rows in rooms.items():
+            for owner, values in told["plain"][room].items():
+                memory = rows.setdefault(owner, {})
+                for key in plain[room].get(owner, {}).keys() - values.keys():
+                    del memory[key]
+                memory.update(values)
 
     @torch.no_grad()
     def each(self, parts: Sequence[Tensor], compute: Callable[[Tensor], Tensor]) -> Tensor:

@@ -74,7 +74,8 @@ class Task(ABC):
         if samples < size:
             raise UserError(f"A batch of {samples} cannot be shared by {size} ranks. Write workers.ranks: 1, or raise train.batch_size.")
         own = self.split(batch, size)[self.ranks.rank]
-        parts = math.ceil(math.ceil(samples / size) / self.micro_batch) if self.micro_batch else 1
+        least = samples // size  # in the smallest slice: no part is empty, and at a micro-batch of 1 some may hold two samples for it
+        parts = min(math.ceil(math.ceil(samples / size) / self.micro_batch), least) if self.micro_batch else 1
         return [(self.ranks.rank * parts + index, part) for index, part in enumerate(self.split(own, parts) if parts > 1 else [own])]
 
     def split(self, batch: Any, parts: int) -> list[Any]:

@@ -2,10 +2,11 @@
 
 Ray looks for it in RAY_AUTH_TOKEN, then in the file RAY_AUTH_TOKEN_PATH, then in ~/.ray/auth_token, and asks for it where RAY_AUTH_MODE is
 `token`. Here that is the default: the mode is set wherever there is a token, and Ray on this machine gets one of its own, which is in no
-file. RAY_AUTH_MODE=disabled turns it off.
+file, and is dropped where another Ray is talked to. RAY_AUTH_MODE=disabled turns it off.
 """
 
 import functools
+import hashlib
 import importlib
 import logging
 import os
@@ -24,10 +25,16 @@ from distprune.errors import UserError
 
 WHERE = "Ray looks for the token in RAY_AUTH_TOKEN, then in the file RAY_AUTH_TOKEN_PATH, then in ~/.ray/auth_token"
 _CONNECT_S, _ANSWER_S = 5.0, 10.0
+_MADE = "DISTPRUNE_MADE_TOKEN"  # beside a token that was made here: its digest, and the mode before; child processes have both
+_own = ""  # where the Ray listens that this process has started
 
 
 def use_token() -> None:
-    """Turn token authentication on where there is a token, unless RAY_AUTH_MODE says otherwise; warn of a file that others may read."""
+    """Turn token authentication on where there is a token, unless RAY_AUTH_MODE says otherwise; warn of a file that others may read.
+
+    A token that was made for Ray on this machine is none: it is dropped, and that Ray, if this process has started it, ends.
+    """
+    _drop_made()
     mode, file = os.environ.get("RAY_AUTH_MODE"), _token_file()
     if mode not in (None, "token") or not (file or os.environ.get("RAY_AUTH_TOKEN")):
         return
@@ -49,27 +56,66 @@ def about_token(where: str, *, refused: bool) -> UserError:
 def connect(address: str | None) -> None:
     """Start Ray on this machine, or join the cluster at `address`: 'ip:port', or 'auto' for the one that this machine belongs to.
 
-    Raises UserError, after a quarter of a minute where nobody answers.
+    A Ray that runs in this process already is used, but for one of its own where a cluster is asked for: that one ends. Raises UserError,
+    after a quarter of a minute where nobody answers.
     """
+    global _own
     import ray
 
     if ray.is_initialized():
-        return
+        if address in (None, _own) or not _is_own_running():
+            return
+        ray.shutdown()
     use_token()
     if address is None:
         options: dict[str, Any] = {"address": "local", "include_dashboard": False, "num_cpus": os.cpu_count()}
         if os.environ.get("RAY_AUTH_MODE") in (None, "token") and not (os.environ.get("RAY_AUTH_TOKEN") or _token_file()):
-            os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # else Ray writes one, for all to read, into the home folder
-            _turn_on()
+            _make_token()  # else Ray writes one, for all to read, into the home folder
     else:
         options = {"address": _found(address)}
     try:
         with _sigterm_kept():
             ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)
+        if address is None:
+            _own = ray.get_runtime_context().gcs_address
     except Exception as error:  # Ray raises bare Exceptions too
         where = f"Ray at {address} cannot be joined" if address else "Ray did not start on this machine"
         way_out = "Is this machine one of its nodes? If not: distprune submit." if address else "Try again when it is less busy."
         raise UserError(f"{where}: {' '.join(str(error).split())[:300].rstrip('.')}. {way_out}") from error
+
+
+def _is_own_running() -> bool:
+    if not _own:
+        return False
+    import ray
+
+    return ray.is_initialized() and bool(ray.get_runtime_context().gcs_address == _own)
+
+
+def _make_token() -> None:
+    token = secrets.token_hex(32)
+    os.environ[_MADE] = f"{_digest(token)} {os.environ.get('RAY_AUTH_MODE', '')}"
+    os.environ["RAY_AUTH_TOKEN"] = token
+    _turn_on()
+
+
+def _drop_made() -> None:
+    """Leave the environment as it was before a token was made here, unless the user has set another one since."""
+    digest, _, mode = os.environ.pop(_MADE, "").partition(" ")
+    if digest != _digest(os.environ.get("RAY_AUTH_TOKEN", "")):
+        return
+    if _is_own_running():
+        import ray
+
+        ray.shutdown()
+    del os.environ["RAY_AUTH_TOKEN"]
+    if not mode and os.environ.get("RAY_AUTH_MODE") == "token":
+        del os.environ["RAY_AUTH_MODE"]
+    _look_again()
+
+
+def _digest(token: str) -> str:
+    return hashlib.sha256(token.encode()).hexdigest()
 
 
 def _token_file() -> Path | None:
@@ -88,11 +134,15 @@ def _warn(file: Path, rights: int) -> None:
 def _turn_on() -> None:
     if os.environ.get("RAY_AUTH_MODE") != "token":
         os.environ["RAY_AUTH_MODE"] = "token"
-        from ray import _raylet
+        _look_again()
 
-        inside: Any = _raylet  # no types
-        inside.Config.initialize("")  # Ray reads the mode once, when it is imported,
-        inside.AuthenticationTokenLoader.instance().reset_cache()  # and the token once
+
+def _look_again() -> None:
+    from ray import _raylet
+
+    inside: Any = _raylet  # no types
+    inside.Config.initialize("")  # Ray reads the mode once, when it is imported,
+    inside.AuthenticationTokenLoader.instance().reset_cache()  # and the token once
 
 
 def _found(address: str) -> str:

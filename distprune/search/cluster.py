@@ -12,8 +12,9 @@ from ray.experimental.internal_kv import _internal_kv_get
 
 from distprune.errors import UserError
 from distprune.search import access
-from distprune.search.config import Search
-from distprune.search.resources import bundles, no_room, slots_on
+from distprune.search.config import Search, Workers
+from distprune.search.more import Ask
+from distprune.search.resources import bounded, bundles, largest_on, no_room, slots_on
 
 LOOK_EVERY_S = 3.0  # at the nodes
 SAY_EVERY_S = 30.0  # that they are waited for
@@ -33,11 +34,12 @@ class Cluster:
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self._address, self._listen, self._clock, self._sleep = address, listen, clock, sleep
-        self._slots, self._looked, self._announced = 0, 0.0, False
+        self._slots, self._looked, self._announced, self._workers = 0, 0.0, False, Workers()
 
     def join(self, search: Search) -> None:
         """Connect, and wait for a first node if an autoscaler will bring one. Raises UserError where not even one trial will ever fit."""
         access.connect(self._address)
+        self._workers = search.workers
         self._announce(search)
         if not self._count(search):
             self._await(search)
@@ -52,9 +54,13 @@ class Cluster:
                 self._listen("nodes", {"message": f"the nodes have changed: {self._slots} trials at once, {before} before"})
         return self._slots
 
-    def largest(self) -> float | None:
-        """Memory (bytes) that trials can set aside on the largest node."""
-        return max((node.get("memory", 0.0) for node in nodes()), default=None)
+    def largest(self) -> float:
+        """Memory (bytes) that a trial can set aside on the largest node that has all else that it asks for."""
+        return largest_on(nodes(), self._workers)
+
+    def bounded(self, ask: Ask | None) -> Ask | None:
+        """What a trial was given, as far as there is a node that has it."""
+        return ask and bounded(ask, self._workers, self.largest())
 
     def release(self) -> None:
         """Take back what was announced: nodes that nobody needs may go."""

@@ -29,11 +29,11 @@ class RayCrew:
     def all(self, method: str, *arguments: Any) -> list[Answer]:
         """What all ranks answer, in their order; where one has failed, what came until then and soon after."""
         if self._group is None:
-            self._group = WorkerGroup(self._size, self._bundle, actor_cls=Rank)
-            try:
+            try:  # a rank, or its node, may die while it starts
+                self._group = WorkerGroup(self._size, self._bundle, actor_cls=Rank)
                 self._config.backend_cls().on_start(self._group, self._config)
             except Exception as error:
-                raise Lost(f"The ranks of the trial cannot be joined: {error}") from error
+                raise Lost(f"The ranks of the trial do not start: {error}") from error
         calls = [getattr(worker.actor, method).remote(*arguments) for worker in self._group.workers]
         answers: dict[int, Answer] = {}
         waiting, until = list(calls), float("inf")

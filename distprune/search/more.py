@@ -1,4 +1,4 @@
-"""A trial that ran out of memory asks for more before it fails: twice the share of a GPU, or twice the memory of a node.
+"""A trial that ran out of memory asks for more of what ran out before it fails: twice the share of a GPU, or twice the memory of a node.
 
 What it was given is noted in the stream of reports, so that a resumed driver knows it: a note is a row with a negative index.
 """
@@ -12,6 +12,9 @@ from distprune.search.config import Workers
 from distprune.search.entry import Entry
 from distprune.search.failures import OF_MEMORY
 from distprune.store.reports import ReportWriter
+
+_OF_A_GPU = ("CUDA", "CUBLAS", "CUDNN", "OutOfMemoryError")  # in the reason of a trial's end
+_OF_THE_HOST = ("allocate", "MemoryError")  # in one that has none of the former
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,9 +43,11 @@ class More:
 
     def after_end(self, entry: Entry, row: Mapping[str, Any], reports: ReportWriter) -> bool:
         """Whether a trial that says that it ran out of memory is given more; if not, or if it says something else, that counts."""
-        if row["ended"] != "oom" or json.loads(row["extra"] or "{}").get("asked", 0) != self._now(entry).times:
+        extra, now = json.loads(row["extra"] or "{}"), self._now(entry)
+        if row["ended"] != "oom" or extra.get("asked", 0) != now.times:
             return False
-        entry.asking = self._give(entry, self._more_of_a_gpu(entry) or self._more_memory(entry), reports)
+        of_a_gpu = _of_a_gpu(extra.get("reason", ""), now)
+        entry.asking = self._give(entry, self._more_of_a_gpu(entry) if of_a_gpu else self._more_memory(entry), reports)
         return entry.asking
 
     def after_death(self, entry: Entry, cause: str, reports: ReportWriter) -> bool:
@@ -77,3 +82,10 @@ class More:
         entry.ask = ask
         reports.add({"trial": entry.number, "attempt": "driver", "index": -ask.times, "extra": json.dumps({"ask": ask.plain()})})
         return True
+
+
+def _of_a_gpu(reason: str, now: Ask) -> bool:
+    """Whether it was a GPU's memory that ran out. Where nothing is said, as of a batch that cannot be split, it is if there is one."""
+    if any(words in reason for words in _OF_A_GPU):
+        return True
+    return now.gpus > 0 and not any(words in reason for words in _OF_THE_HOST)

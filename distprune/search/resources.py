@@ -4,6 +4,7 @@ A trial on one rank is one bundle; on several it is one a rank, so that its rank
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from distprune.errors import UserError
 from distprune.search.config import Workers
@@ -13,6 +14,7 @@ Bundle = dict[str, float]
 
 _ACCELERATOR_SHARE = 0.001  # of a node's mark for its type of accelerator that each bundle takes, as Ray itself does it
 _UNITS = {"CPU": "CPUs", "GPU": "GPUs"}
+_OF_A_NODE = 0.95  # of its memory is the most that a trial asks for: nodes of one kind differ by a few megabytes
 
 
 def bundles(workers: Workers, ask: Ask | None = None) -> list[Bundle]:
@@ -36,15 +38,39 @@ def slots_on(nodes: Sequence[Mapping[str, float]], workers: Workers) -> int:
 
 
 def _fits(node: Mapping[str, float], bundle: Bundle) -> int:
-    return int(min(node.get(name, 0.0) / amount + 1e-6 for name, amount in bundle.items()))
+    return min(_times(node.get(name, 0.0), amount, whole=name == "GPU") for name, amount in bundle.items())
+
+
+def _times(has: float, amount: float, *, whole: bool) -> int:
+    """How often an amount is there. Of `whole` things a share lies on one."""
+    if whole and amount < 1:
+        return int(has + 1e-6) * int(1 / amount + 1e-6)
+    return int(has / amount + 1e-6)
+
+
+def largest_on(nodes: Sequence[Mapping[str, float]], workers: Workers) -> float:
+    """The most memory (bytes) that a trial, or each of its ranks, may ask for and still fit on the nodes; 0 if it fits on none."""
+    one = bundles(workers)[0]
+    sizes = {size for node in nodes if (size := _OF_A_NODE * node.get("memory", 0.0)) > 0}
+    return max((size for size in sizes if sum(_fits(node, {**one, "memory": size}) for node in nodes) >= workers.ranks), default=0.0)
+
+
+def bounded(ask: Ask, workers: Workers, largest: float) -> Ask:
+    """What a trial was given, on nodes that may be smaller than those of then. What every trial asks for it asks for anyway."""
+    if ask.memory is None or workers.memory is None:
+        return ask
+    return replace(ask, memory=max(min(ask.memory, int(largest)), workers.memory))
 
 
 def weight(ask: Ask | None, workers: Workers) -> int:
     """How many trials' room a trial takes that has been given more memory."""
-    if ask is None:
-        return 1
-    ratios = [given / first for given, first in ((ask.gpus, workers.gpus), (ask.memory, workers.memory)) if given and first]
-    return max((-int(-ratio // 1) for ratio in ratios), default=1)
+    takes = 1
+    if ask is not None and 0 < workers.gpus < 1:
+        places, beside = _times(1.0, workers.gpus, whole=True), int((1 - ask.gpus) / workers.gpus + 1e-6)
+        takes = max(takes, places - beside)
+    if ask is not None and ask.memory and workers.memory:
+        takes = max(takes, -(-ask.memory // workers.memory))
+    return takes
 
 
 def no_room(nodes: Sequence[Mapping[str, float]], workers: Workers) -> UserError:

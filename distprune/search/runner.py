@@ -7,11 +7,13 @@ the cluster whenever Tune asks for one more, so that nodes which join are used a
 import functools
 import gc
 import json
+import math
 import os
 import shutil
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +53,7 @@ from distprune.search.trial import Job, run_trial
 
 _LATEST = 8000  # characters of an error's text that may say why
 _AN_ERROR = "Failure # "  # begins each
+WAITS_S = 30.0  # that a trial which waits for room is waited for beyond the limits of the search: longer than a worker takes to start
 
 
 class Worker(tune.Trainable):  # type: ignore[misc]
@@ -94,7 +97,7 @@ class _Face:
 
 
 class Face(_Face, Searcher):  # type: ignore[misc]
-    """The book as Ray's searcher. `room` says for how many trials there is room just now.
+    """The book as Ray's searcher. `room` says for how many trials there is room just now, `bounded` what can be had of what one was given.
 
     One trial is let wait where there is none: Ray then goes round, and an autoscaler sees what is needed.
     """
@@ -108,10 +111,12 @@ class Face(_Face, Searcher):  # type: ignore[misc]
         *,
         room: Callable[[], int] = lambda: MOST_WORKERS,
         workers: Workers | None = None,
+        bounded: Callable[[Ask | None], Ask | None] = lambda ask: ask,
     ) -> None:
         super().__init__(metric="r", mode="max")
         self._book, self._job, self._numbers, self._ended = book, job, numbers, ended
         self._room, self._workers, self._taken = room, workers or Workers(), dict[str, int]()
+        self._bounded = bounded
 
     def suggest(self, trial_id: str) -> Any:
         if sum(self._taken.values()) >= max(self._room(), 1) or self._book.holds():
@@ -119,6 +124,7 @@ class Face(_Face, Searcher):  # type: ignore[misc]
         assignment = self._book.next()
         if assignment is None:
             return None if self._book.is_busy else Searcher.FINISHED  # a worker may yet die, or let another go on
+        assignment = replace(assignment, ask=self._bounded(assignment.ask))
         self._numbers[trial_id], self._taken[trial_id] = assignment.number, weight(assignment.ask, self._workers)
         bundle = bundles(self._workers, assignment.ask)[0]
         return {"job": json.dumps(self._job(assignment).plain()), "bundle": bundle}
@@ -190,6 +196,11 @@ class Draw(_Face, tune.Callback):  # type: ignore[misc]
                 if self._book.overdue(self._numbers[str(trial_id)], seconds):
                     self._kill(str(trial_id))
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether no worker is at work."""
+        return not self._running
+
     def _kill(self, trial_id: str) -> None:
         self._silence.gone(trial_id)
         if (actor := self._running[trial_id].temporary_state.ray_actor) is not None:
@@ -216,6 +227,23 @@ class Draw(_Face, tune.Callback):  # type: ignore[misc]
         self._gone(trial)
         trial.run_metadata.last_result = {}  # 84 KB a finished trial otherwise
         trial.run_metadata.metric_analysis = {}
+
+
+class Over(_Face, tune.Stopper):  # type: ignore[misc]
+    """Ends a search beyond its limits whose last trials wait for room: they report nothing at which they would be stopped, and wait on."""
+
+    def __init__(self, book: Book, is_idle: Callable[[], bool]) -> None:
+        self._book, self._is_idle, self._since = book, is_idle, math.inf
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        if not (self._book.limit_reached and self._is_idle()):
+            self._since = math.inf
+            return False
+        self._since = min(self._since, time.monotonic())
+        return time.monotonic() - self._since >= WAITS_S
 
 
 def _request(workers: Workers) -> Callable[[dict[str, Any]], tune.PlacementGroupFactory]:
@@ -252,11 +280,13 @@ class Ray:
         """Run until the book has no trial left. Raises KeyboardInterrupt on Ctrl-C; what runs then can be resumed."""
         scratch, numbers = Path(tempfile.mkdtemp(prefix="distprune-ray-")), dict[str, int]()
         room = functools.partial(self._cluster.slots, search)
+        face = Face(book, job, numbers, ended, room=room, workers=search.workers, bounded=self._cluster.bounded)
+        watch = Draw(draw, book, numbers, search.limits.silence)
         try:
             tuner = tune.Tuner(
                 tune.with_resources(Worker, _request(search.workers)),
                 tune_config=tune.TuneConfig(
-                    search_alg=Face(book, job, numbers, ended, room=room, workers=search.workers),
+                    search_alg=face,
                     scheduler=Gate(book, numbers),
                     num_samples=-1,
                     max_concurrent_trials=search.workers.most or MOST_WORKERS,  # that Tune starts at once: Face knows how many there may be
@@ -266,7 +296,8 @@ class Ray:
                 run_config=tune.RunConfig(
                     name="search",
                     storage_path=str(scratch),
-                    callbacks=[Draw(draw, book, numbers, search.limits.silence)],
+                    callbacks=[watch],
+                    stop=Over(book, lambda: watch.is_idle),
                     checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # the worker writes its own
                     failure_config=tune.FailureConfig(max_failures=0),  # the book begins trials again, as a resumed search does
                     verbose=0,

@@ -12,6 +12,7 @@ import optuna
 import torch
 
 from distprune.core import registry
+from distprune.core.allocation import Unsplittable
 from distprune.core.allocators.constrained_rl import count
 from distprune.core.costs import is_measured, price, subject_of
 from distprune.core.hooks.functional_prior import check_priors
@@ -86,6 +87,8 @@ def set_up(search: Search, *, learned: Path | None = None) -> Setup:
             dense.state.units(granularity, dense.env.task.example).check(space.highest)
     per_epoch = dense.env.task.steps_per_epoch(dense.recipe.train.batch_size)
     _check_lengths(search, dense, per_epoch)
+    if search.workers.ranks > 1:
+        _check_shared(dense)
     if search.workers.ranks > (most := dense.recipe.train.batch_size):
         raise UserError(
             f"workers.ranks must be at most train.batch_size, {most}, as each takes a slice of every batch, got {search.workers.ranks}. "
@@ -191,6 +194,15 @@ def _check_goals(search: Search, space: Space, dense: Run) -> None:
         )
 
 
+def _check_shared(dense: Run) -> None:
+    """Raise UserError for a task whose batches are one whole."""
+    task = dense.env.task
+    try:
+        task.split(task.batch(dense.env.seed, 0, 0, dense.recipe.train.batch_size), 2)
+    except Unsplittable as error:
+        raise UserError(f"The batches of {type(task).__name__} cannot be shared by ranks. Write workers.ranks: 1.") from error
+
+
 def _check_lengths(search: Search, dense: Run, per_epoch: int) -> None:
     """Raise UserError for lengths that come to no step, or to more than the training has."""
     if to_steps(search.report_every, steps_per_epoch=per_epoch) < 1:
@@ -250,11 +262,15 @@ def check_machine(search: Search) -> None:
     workers, ranks = search.workers, f" for each of {search.workers.ranks} ranks" if search.workers.ranks > 1 else ""
     gpus = torch.cuda.device_count()
     if workers.gpus * workers.ranks > gpus:
+        fewer = f"ranks: {gpus}" if workers.ranks > 1 else f"gpus: {gpus}"
         raise UserError(
             f"workers.gpus must be at most the {gpus} GPUs of this machine, got {workers.gpus:g}{ranks}. "
-            "Write gpus: 0 to run on the CPU, or submit the search to a cluster that has them."
+            f"Write {fewer if gpus else 'gpus: 0 to run on the CPU'}, or submit the search to a cluster that has them."
         )
     cpus = os.cpu_count() or 1
     if workers.cpus * workers.ranks > cpus:
-        most = max(cpus // workers.ranks, 1)
-        raise UserError(f"workers.cpus must be at most the {cpus} CPUs of this machine, got {workers.cpus}{ranks}. Write cpus: {most}.")
+        if cpus >= workers.ranks:
+            fewer = f"cpus: {cpus // workers.ranks}"
+        else:
+            fewer = f"ranks: {cpus // workers.cpus}" if cpus >= workers.cpus else f"cpus: {cpus} and ranks: 1"
+        raise UserError(f"workers.cpus must be at most the {cpus} CPUs of this machine, got {workers.cpus}{ranks}. Write {fewer}.")

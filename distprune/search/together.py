@@ -1,7 +1,8 @@
 """A trial on several ranks: what each does, and how who leads them makes one trial of it.
 
 All ranks go from report to report in step, so that at each of them the trial can be stopped, and its ranks take the next one. A rank that
-fails says so in plain data. Then the others may wait for it in a sum that never comes: they are dismissed, and new ones take over.
+fails says so in plain data. Then the others may wait for it in a sum that never comes, and on a GPU sums may be on their way still: all
+are dismissed, and new ones take over. Only a loss that is not finite is seen by all of them at one place.
 """
 
 from collections.abc import Generator
@@ -70,8 +71,7 @@ def _rows_of(crew: Crew) -> Rows:
             while True:
                 answers = crew.all("step")
                 if failures := [answer["failed"] for answer in answers if "failed" in answer]:
-                    alike = all(failure["kind"] != "lost" for failure in failures)
-                    in_step = alike and len(failures) == job.ranks  # all have come to the same end, and none waits for another
+                    in_step = [failure["kind"] for failure in failures] == ["diverged"] * job.ranks
                     raise _error(min(failures, key=lambda failure: failure["kind"] == "lost"))
                 in_step = True
                 if "over" in answers[0]:

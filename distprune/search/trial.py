@@ -78,8 +78,12 @@ Rows = Callable[[Job, dict[str, Any], "Memory"], Generator[dict[str, Any], None,
 
 def run_trial(job: Job) -> Generator[dict[str, Any], None, None]:
     """Yield a row of `reports.arrows` at each report. Never raises: what goes wrong is the last row, and the worker lives on."""
-    with capped(job.ask.get("gpus", 0.0), job.device):
-        yield from attempts(job, rows_of)
+    return attempts(job, _capped_rows)
+
+
+def _capped_rows(job: Job, base: dict[str, Any], memory: "Memory") -> Generator[dict[str, Any], None, None]:
+    with capped(job.ask.get("gpus", 0.0), job.device):  # a GPU that is broken is what went wrong with the attempt
+        yield from rows_of(job, base, memory)
 
 
 def attempts(job: Job, rows: Rows) -> Generator[dict[str, Any], None, None]:
@@ -118,7 +122,8 @@ class Memory:
         """Whether to go on with half of the samples in a pass: memory ran out, and there was more than one."""
         if not is_shortage(error):
             return False
-        samples = error.samples if isinstance(error, OutOfMemory) else self.micro_batch or batch_size
+        samples = error.samples if isinstance(error, OutOfMemory) else batch_size
+        samples = min(samples, self.micro_batch or samples)  # a part may be larger, where ranks have as many of them each
         if samples > 1:
             self.micro_batch, self.retries = samples // 2, self.retries + 1
         return samples > 1

@@ -11,7 +11,7 @@ import torch
 from rank_process import alone
 from toys import REPOSITORY, ready
 
-from distprune.core.ranks import ALONE
+from distprune.core.ranks import ALONE, Together
 from distprune.core.run import root_key
 from distprune.errors import UserError
 
@@ -27,6 +27,7 @@ CASES: dict[str, dict[str, Any]] = {
     "uneven": {**DOUBLE, "paradigm": "at_init", "criterion": "magnitude", "train": {"length": "2ep", "batch_size": 33}},
     "dropout": {"paradigm": "gradual", "train": {"length": "8ep", "batch_size": 32}},
     "noise": {"paradigm": "dense", "train": {"length": "2ep", "batch_size": 32, "optimizer": {"name": "sghmc"}}},
+    "settling": {**DOUBLE, "paradigm": {"name": "early_bird", "every": "2it", "window": 2, "near": 0.9}, "deaf": True},
     "broken": {**DOUBLE, "paradigm": "gradual", "broken": True},
 }
 EXACT = [name for name in CASES if name not in ("dropout", "noise", "broken")]
@@ -89,6 +90,11 @@ def test_what_is_drawn_for_each_slice_costs_no_accuracy(name: str, ran: list[dic
     assert name == "noise" or one["reports"][-1][4] > 0.5
 
 
+def test_rank_0_says_when_a_stage_ends_before_its_time(ran: list[dict[str, Any]]) -> None:
+    whole = {**CASES["settling"], "paradigm": {**CASES["settling"]["paradigm"], "near": 0.0, "window": 50}}
+    assert ran[1]["settling"]["reports"][-1][2] < alone(whole)["reports"][-1][2], "rank 1 would have gone on"
+
+
 def test_a_rank_that_has_come_apart_is_put_right(ran: list[dict[str, Any]]) -> None:
     assert ran[0]["broken"]["masks"] == ran[1]["broken"]["masks"] and ran[0]["broken"]["values"] == ran[1]["broken"]["values"]
 
@@ -97,9 +103,43 @@ def test_what_ranks_say_to_one_another(ran: list[dict[str, Any]]) -> None:
     first, second = (found["primitives"] for found in ran)
     assert first["told"] == second["told"] == "rank 0's" and first["nothing"] == second["nothing"] == ""
     assert first["masks"] == second["masks"] == {"a": [[True, False], [False, True]], "b": [True]}
+    told = [{"steps": 3, "deep": {"a": [0.0]}, "only 0": 1}, [True], {"l2": {"w": 1.0}}]
+    assert first["plain"] == second["plain"] == told, "plain numbers too, in the memory that the hook holds"
+    assert first["order"] == second["order"] == {"x": [1.0, 1.0], "y": [0.0, 0.0]}, "by name"
     whole = (10 * torch.arange(22.0).reshape(11, 2)).tolist()
     assert first["each"] == second["each"] == whole and first["one"] == second["one"] == whole[:3]
     assert first["computed"] == [3, 3, 3] and second["computed"] == [3, 2, 1], "each part once, and one sample for the shape of nothing"
+
+
+def test_tensors_that_rank_0_does_not_hold_are_an_error() -> None:
+    class Second(Together):
+        """Rank 1, to whom rank 0 says what it has said before."""
+
+        def __init__(self, said: bytes) -> None:
+            self.rank, self.size, self._device, self._said = 1, 2, torch.device("cpu"), said
+
+        def tell(self, content: bytes) -> bytes:
+            return self._said
+
+        def _of_first(self, values: torch.Tensor) -> torch.Tensor:
+            return values
+
+    class First(Second):
+        def tell(self, content: bytes) -> bytes:
+            self._said = content
+            return content
+
+    state = ready("dense").state
+    first = First(b"")
+    first.rank = 0
+    first.align(state)
+    second = Second(first._said)
+    second.align(state)
+    state.slots["0.Hook"] = {"5:mask": torch.ones(2)}
+    with pytest.raises(
+        UserError, match=r"the same tensors, and rank 1 differs from rank 0 in slots/0\.Hook/5:mask\. .*write workers\.ranks: 1\."
+    ):
+        second.align(state)
 
 
 def test_ranks_are_part_of_the_key_and_one_is_none(ran: list[dict[str, Any]]) -> None:
@@ -122,3 +162,20 @@ def test_a_batch_that_is_smaller_than_the_ranks_says_so() -> None:
         type(task.ranks).rank = rank
         shares.append([(index, len(part[1])) for index, part in task.share(task.batch(0, 0, 0, 14))])
     assert shares == [[(0, 2), (1, 2)], [(2, 2), (3, 2)], [(4, 2), (5, 1)], [(6, 2), (7, 1)]], "as many sums on each rank"
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize("micro_batch", [1, 2, 3, None])
+def test_no_part_of_a_batch_is_empty_on_any_rank(size: int, micro_batch: int | None) -> None:
+    task = ready("dense").env.task
+    task.ranks = type("Some", (type(ALONE),), {"size": size})()
+    task.micro_batch = micro_batch
+    for samples in range(size, 14):
+        shares = []
+        for rank in range(size):
+            type(task.ranks).rank = rank
+            shares.append(task.share(task.batch(0, 0, 0, samples)))
+        sizes = [[len(part[1]) for _, part in share] for share in shares]
+        assert sum(map(sum, sizes)) == samples and min(map(min, sizes)) >= 1 and len({len(share) for share in shares}) == 1
+        assert max(map(max, sizes)) <= max(micro_batch or samples, 2), "two where one more than the smallest slice is left"
+        assert [index for share in shares for index, _ in share] == list(range(sum(map(len, shares))))

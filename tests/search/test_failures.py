@@ -791,11 +791,10 @@ def _fates(tmp_path: Path, *kinds: str, **limits: Any) -> dict[str, dict[str, An
 @pytest.mark.usefixtures("toys_are_importable")
 def test_workers_that_die_cost_their_trial_nothing_but_a_trial_that_kills_them_is_lost(tmp_path: Path) -> None:
     rows = _fates(tmp_path, "lives", "dies", "dies once")
-    assert {kind: (row["ended"], len(json.loads(row["deaths"]))) for kind, row in rows.items()} == {
-        "lives": ("finished", 0),
-        "dies": ("lost", MOST_DEATHS),
-        "dies once": ("finished", 1),
-    }
+    deaths = {kind: len(json.loads(row["deaths"])) for kind, row in rows.items()}
+    assert {kind: row["ended"] for kind, row in rows.items()} == {"lives": "finished", "dies": "lost", "dies once": "finished"}
+    assert (deaths["lives"], deaths["dies once"]) == (0, 1)
+    assert deaths["dies"] in (MOST_DEATHS, MOST_DEATHS + 1), "a report may die with its worker, and get through in the next attempt"
     assert rows["dies once"]["objective"] == rows["lives"]["objective"], "the same numbers as undisturbed"
     assert rows["dies"]["reason"].startswith("its workers died 3 times without a report in between: worker process died")
 

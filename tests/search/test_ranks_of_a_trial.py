@@ -19,9 +19,12 @@ from toys import BASE, recipe
 
 import distprune as dp
 from distprune.core.allocation import OutOfMemory, Unsplittable
+from distprune.core.data.dataset import Dataset
 from distprune.core.loop import Diverged
 from distprune.core.ranks import Lost
 from distprune.core.recipe import Recipe
+from distprune.core.task import Task
+from distprune.core.tasks.classification import Classification
 from distprune.errors import UserError
 from distprune.search.replay import replay
 from distprune.search.setup import set_up
@@ -79,8 +82,9 @@ def test_rank_0_alone_is_heard_and_ranks_take_the_next_trial(tmp_path: Path) -> 
     assert crew.methods == ["begin", "step", "close"], "stopped at a report, where all of them stand"
 
 
-def test_out_of_memory_on_one_rank_begins_all_again(tmp_path: Path) -> None:
-    crew = Scripted(_row(0), [_failed("shortage", samples=16)], _row(1), OVER)
+@pytest.mark.parametrize("failures", [1, 2])
+def test_out_of_memory_begins_all_again_on_new_ranks(failures: int, tmp_path: Path) -> None:
+    crew = Scripted(_row(0), [_failed("shortage", samples=16)] * failures, _row(1), OVER)
     rows = list(run_together(_job(tmp_path), crew))
     assert [row["index"] for row in rows] == [0, 1]
     assert crew.methods == ["begin", "step", "step", "dismiss", "begin", "step", "step", "close"]
@@ -93,14 +97,16 @@ def test_out_of_memory_on_one_rank_begins_all_again(tmp_path: Path) -> None:
         ([_failed("user", "no such layer"), _failed("lost", "nobody answers")], "error", "no such layer", "dismiss"),
         ([_failed("lost", "nobody answers"), _failed("other", "RuntimeError: broken")], "error", "RuntimeError: broken", "dismiss"),
         ([_failed("diverged", "not finite")] * 2, "nan", "not finite", "close"),
-        ([_failed("shortage", "MemoryError: ", 1)] * 2, "oom", "A pass of 1 at once does not fit: MemoryError:", "close"),
+        ([_failed("shortage", "MemoryError: ", 1)] * 2, "oom", "A pass of 1 at once does not fit: MemoryError:", "dismiss"),
+        ([_failed("user", "no such layer")] * 2, "error", "no such layer", "dismiss"),
+        ([_failed("diverged", "not finite"), _failed("user", "no such layer")], "nan", "not finite", "dismiss"),
     ],
 )
 def test_the_first_cause_is_told(answers: list[Answer], ended: str, reason: str, then: str, tmp_path: Path) -> None:
     crew = Scripted(_row(0), answers)
     last = list(run_together(_job(tmp_path), crew))[-1]
     assert (last["ended"], json.loads(last["extra"])["reason"], last["index"], last["final"]) == (ended, reason, 1, True)
-    assert crew.methods[-1] == then, "ranks that wait for one another are dismissed"
+    assert crew.methods[-1] == then, "ranks are kept where all stopped at one place alone"
 
 
 @pytest.mark.parametrize("steps", [(_row(0), "its worker process has died"), (_row(0), [_failed("lost")] * 2)])
@@ -126,6 +132,39 @@ def test_a_batch_that_cannot_be_shared_is_said_before_anything_runs(tmp_path: Pa
     value = search(tmp_path, workers={"ranks": 64})
     with pytest.raises(UserError, match=r"workers.ranks must be at most train.batch_size, 32, .* got 64\. Write ranks: 1"):
         set_up(value)
+
+
+class Whole(Classification):
+    """A user's task, whose batches nobody can take apart."""
+
+    split = Task.split
+
+
+def whole(dataset: Dataset) -> Classification:
+    return Whole(dataset)
+
+
+@pytest.mark.parametrize("task", ["inverse", "import"])
+def test_a_task_that_cannot_be_shared_is_said_before_anything_runs(task: str, tmp_path: Path) -> None:
+    fitted = {"model": "hourglass", "data": {"name": "image", "side": 16}, "task": "inverse", "train": {"length": "1ep", "batch_size": 1}}
+    plain = {**BASE, **(fitted if task == "inverse" else {"task": {"import": "test_ranks_of_a_trial:whole"}})}
+    space = {"paradigm": ["dense", "at_init"], "sparsity": [0.5], "granularity": ["weight"]}
+    set_up(search(tmp_path, recipe=plain, space=space))
+    with pytest.raises(UserError, match=r"The batches of (Inverse|Whole) cannot be shared by ranks\. Write workers\.ranks: 1\.$"):
+        set_up(search(tmp_path, recipe=plain, space=space, workers={"ranks": 2}))
+
+
+def test_a_rank_that_dies_while_the_group_starts_is_a_lost_worker(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import ray
+
+    from distprune.search import crew
+
+    def dies(*arguments: Any, **options: Any) -> None:
+        raise ray.exceptions.RayError("its node has died")
+
+    monkeypatch.setattr(crew, "WorkerGroup", dies)
+    with pytest.raises(Lost, match="do not start: .*its node has died"):
+        list(run_together(_job(tmp_path), crew.RayCrew(2, {"CPU": 1.0}, "cpu")))
 
 
 # Two processes, without Ray.

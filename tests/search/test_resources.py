@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -23,7 +24,7 @@ from distprune.search.entry import Assignment
 from distprune.search.finale import close_tables
 from distprune.search.more import Ask, More
 from distprune.search.parcels import Parcels
-from distprune.search.resources import bundles, no_room, slots_on, weight
+from distprune.search.resources import bounded, bundles, largest_on, no_room, slots_on, weight
 from distprune.search.setup import check_machine
 from distprune.search.trial import Job, run_trial
 from distprune.store.folder import RunFolder
@@ -87,6 +88,11 @@ NODE = {"CPU": 3.0, "GPU": 2.0, "memory": 10.0 * GB, "accelerator_type:H100": 1.
         ([NODE], {"gpus": 0.25}, 3),
         ([NODE], {"gpus": 1}, 2),
         ([{**NODE, "CPU": 64.0}], {"gpus": 0.1}, 20),
+        ([{**NODE, "CPU": 9.0}], {"gpus": 0.4}, 4),  # of five one would lie on both
+        ([{"CPU": 64.0, "GPU": 8.0}], {"gpus": 0.6}, 8),
+        ([{"CPU": 64.0, "GPU": 3.0}], {"gpus": 1 / 3}, 9),
+        ([{**NODE, "spot": 2.0}], {"resources": {"spot": 0.7}}, 2),
+        ([{**NODE, "CPU": 9.0, "spot": 2.0}], {"resources": {"spot": 0.4}}, 5),  # of what is no device, no share lies anywhere
         ([NODE], {"gpus": 2}, 1),
         ([NODE, NODE], {"gpus": 3}, 0),
         ([NODE, NODE], {"memory": 4 * GB}, 4),
@@ -103,6 +109,42 @@ def test_a_bundle_lies_on_one_node(nodes: list[dict[str, float]], asked: dict[st
     assert slots_on(nodes, Workers.read(asked, "workers")) == slots
 
 
+HEAD, SMALL, BIG = (
+    {"CPU": cpus, "GPU": gpus, "memory": size * GB} for cpus, gpus, size in ((0.0, 0.0, 64.0), (3.0, 1.0, 10.0), (9.0, 0.0, 20.0))
+)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "asked", "largest"),
+    [
+        ([SMALL, HEAD], {}, 9.5),  # no trial lies on a head without CPUs
+        ([SMALL, BIG, HEAD], {}, 19),
+        ([SMALL, BIG, HEAD], {"gpus": 0.5}, 9.5),  # nor on a node without GPUs
+        ([SMALL, BIG, HEAD], {"cpus": 4}, 19),
+        ([SMALL, BIG, HEAD], {"ranks": 2}, 9.5),  # on the large one there is room for one rank with as much as it has
+        ([BIG, {**BIG, "memory": 20.02 * GB}, HEAD], {"ranks": 2}, 19),  # of which the machines of one kind have a little more or less
+        ([SMALL, BIG, HEAD], {"cpus": 10}, 0),
+        ([], {}, 0),
+    ],
+)
+def test_a_trial_can_be_given_what_a_node_has_on_which_it_fits(
+    nodes: list[dict[str, float]], asked: dict[str, Any], largest: float
+) -> None:
+    """What it is given has room, and on each of its nodes a little is left."""
+    workers = Workers.read({"memory": "3GB", **asked}, "workers")
+    found = largest_on(nodes, workers)
+    assert found == pytest.approx(largest * GB, rel=0.01)
+    if found:
+        assert slots_on(nodes, replace(workers, memory=int(found))) >= 1 > slots_on(nodes, replace(workers, memory=int(found * 1.1)))
+
+
+def test_what_a_trial_was_given_on_larger_nodes_is_taken_back() -> None:
+    workers, ask = Workers(memory=3 * GB), Ask(times=2, memory=12 * GB)
+    assert [bounded(ask, workers, size * GB).memory for size in (20.0, 9.5, 2.0, 0.0)] == [12 * GB, int(9.5 * GB), 3 * GB, 3 * GB]
+    assert bounded(ask, workers, 9.5 * GB).times == 2, "so that it may ask again"
+    assert bounded(Ask(times=1, gpus=1.0), Workers(gpus=0.5), 0.0) == Ask(times=1, gpus=1.0)
+
+
 def test_no_room_says_what_is_asked_for_and_what_there_is() -> None:
     asked = Workers.read({"gpus": 1, "accelerator": "A100", "memory": "16GB", "ranks": 2}, "workers")
     message = str(no_room([NODE, NODE], asked))
@@ -117,6 +159,26 @@ def test_this_machine_counts_all_ranks(tmp_path: Path, monkeypatch: pytest.Monke
     check_machine(search(tmp_path, workers={"cpus": 2, "ranks": 2}))
     with pytest.raises(UserError, match=r"at most the 4 CPUs of this machine, got 2 for each of 3 ranks\. Write cpus: 1"):
         check_machine(search(tmp_path, workers={"cpus": 2, "ranks": 3}))
+
+
+@pytest.mark.parametrize(("cpus", "gpus"), [(1, 0), (2, 0), (4, 0), (8, 1), (8, 3)])
+@pytest.mark.parametrize("asked", [{"cpus": 1}, {"cpus": 3}, {"cpus": 16}, {"gpus": 1}, {"gpus": 2, "ranks": 1}])
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_the_way_out_is_one(ranks: int, asked: Any, cpus: int, gpus: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who writes what the error says has less to write the next time, and at the third time nothing."""
+    monkeypatch.setattr("os.cpu_count", lambda: cpus)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    workers = {"ranks": ranks, **asked}
+    for _ in range(3):
+        try:
+            check_machine(search(tmp_path, workers=workers))
+            break
+        except UserError as error:
+            told = {name: int(number) for name, number in re.findall(r"(cpus|gpus|ranks): (\d+)", str(error).partition("Write ")[2])}
+            assert told and all(number < workers.get(name, 1) for name, number in told.items()), (workers, str(error))
+            workers |= told
+    else:
+        pytest.fail(f"no way out of {asked}: {workers}")
 
 
 # A share of a GPU is a share of its memory.
@@ -197,6 +259,43 @@ def test_only_then_it_fails(tmp_path: Path) -> None:
     assert len(log) == 2, "where there is no more to be had, the first time is the end"
 
 
+ON_A_GPU = (
+    "A pass of 1 at once does not fit: CUDA out of memory. Tried to allocate 2.00 GiB.",
+    "MemoryError: OutOfMemoryError: CUDA out of memory",
+    "RuntimeError: CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+    "RuntimeError: cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+    "With a micro-batch of 1 after running out of memory: ValueError: Expected more than 1 value per channel when training",
+)
+ON_THE_HOST = (
+    "MemoryError: ",
+    "RuntimeError: [enforce fail at alloc_cpu.cpp:125] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 9",
+    "A pass of 1 at once does not fit: Unable to allocate 3.00 GiB for an array",
+)
+
+
+@pytest.mark.parametrize(("reason", "of_a_gpu"), [*((text, True) for text in ON_A_GPU), *((text, False) for text in ON_THE_HOST)])
+def test_more_of_what_ran_out_and_of_nothing_else(reason: str, of_a_gpu: bool, tmp_path: Path) -> None:
+    """What is given grows to the end of that, then the trial fails, as it does at once where there is no more."""
+
+    def given(**asked: Any) -> list[tuple[float, int | None]]:
+        workers = Workers(**asked)
+        book, ask, found = book_of(tmp_path, more=More(workers, lambda: 10.0 * GB)), Ask.of(workers), []
+        while True:
+            book.hear(row_of(0, 0, ended="oom", final=True, extra=json.dumps({"asked": ask.times, "reason": reason})))
+            book.finish(0)
+            if (again := book.next()) is None:
+                assert book.entries[0].ended == "oom"
+                return found
+            assert again.ask is not None
+            ask = again.ask
+            found.append((ask.gpus, ask.memory))
+
+    everything = given(gpus=0.25, memory=3 * GB)
+    assert everything == ([(0.5, 3 * GB), (1.0, 3 * GB)] if of_a_gpu else [(0.25, 6 * GB), (0.25, 10 * GB)])
+    assert len(given(gpus=1.0, memory=3 * GB)) == (0 if of_a_gpu else 2)
+    assert len(given(gpus=0.25)) == (2 if of_a_gpu else 0)
+
+
 @pytest.mark.usefixtures("no_networks")
 @pytest.mark.parametrize("moment", range(1, 4))
 def test_what_was_given_survives_the_driver(moment: int, tmp_path: Path) -> None:
@@ -263,12 +362,10 @@ def test_a_late_word_of_an_earlier_attempt_asks_for_nothing(tmp_path: Path) -> N
 
 def test_a_trial_that_was_given_more_takes_the_room_of_as_many() -> None:
     workers = Workers(gpus=0.25, memory=4 * GB)
-    assert [weight(ask, workers) for ask in (None, Ask(gpus=0.5, memory=4 * GB), Ask(gpus=0.8), Ask(gpus=0.25, memory=9 * GB))] == [
-        1,
-        2,
-        4,
-        3,
-    ]
+    asks = (None, Ask(gpus=0.5, memory=4 * GB), Ask(gpus=0.8), Ask(gpus=0.25, memory=9 * GB))
+    assert [weight(ask, workers) for ask in asks] == [1, 2, 4, 3]
+    for first, given, takes in ((0.4, 0.8, 2), (0.4, 1.0, 2), (0.6, 1.0, 1), (0.3, 0.6, 2)):  # of as many as a GPU has
+        assert weight(Ask(gpus=given), Workers(gpus=first)) == takes
 
 
 @on_ray
@@ -299,6 +396,48 @@ def test_no_trial_takes_what_a_larger_one_waits_for(tmp_path: Path) -> None:
         face.on_trial_complete(trial)
     book.next = lambda: Assignment(9, recipe("dense"), 0)  # type: ignore[method-assign]
     assert face.suggest("h") and face.suggest("i") is None, "without nodes one trial waits, so that Ray goes round"
+
+
+@on_ray
+def test_what_a_trial_was_given_is_looked_at_again_as_it_begins(tmp_path: Path) -> None:
+    from distprune.search.runner import Face
+
+    book, jobs = book_of(tmp_path, entries=0), list[Any]()
+    book.next = lambda: Assignment(0, recipe("dense"), 0, Ask(times=2, memory=12 * GB))  # type: ignore[method-assign]
+
+    def job(assignment: Assignment) -> Job:
+        jobs.append(assignment.ask)
+        return job_in(tmp_path, recipe={})
+
+    workers = Workers(memory=3 * GB)
+    face = Face(book, job, {}, lambda number: None, room=lambda: 2, workers=workers, bounded=lambda ask: ask and bounded(ask, workers, 6e9))
+    assert face.suggest("a")["bundle"]["memory"] == 6e9 and jobs == [Ask(times=2, memory=6 * GB)]
+    assert face.suggest("b") is None, "it takes the room of two"
+
+
+@on_ray
+def test_beyond_the_limits_nobody_waits_for_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    from distprune.search import runner
+
+    class Limited:
+        limit_reached = False
+
+    now, idle, book = [0.0], [True], Limited()
+    monkeypatch.setattr(runner.time, "monotonic", lambda: now[0])
+    over = runner.Over(book, lambda: idle[0])  # type: ignore[arg-type]
+
+    def later(seconds: float) -> bool:
+        now[0] += seconds
+        return over.stop_all()
+
+    assert not later(0) and not later(1e6), "within its limits a search waits as long as it takes"
+    book.limit_reached = True
+    assert [later(seconds) for seconds in (1, 29, 2)] == [False, False, True]
+    idle[0] = False
+    assert not later(1e6), "who is at work hears of it at its next report"
+    idle[0] = True
+    assert [later(seconds) for seconds in (1, 29, 2)] == [False, False, True], "what starts has its time to start"
+    assert over("t", {}) is False
 
 
 # Nodes that come and go.
@@ -349,6 +488,17 @@ def test_nodes_are_asked_for_at_once_waited_for_and_given_back(tmp_path: Path, m
     cluster.release()
     cluster.release()
     assert there.asked[1:] == [[]], "once"
+
+
+@on_ray
+def test_no_node_is_asked_for_what_it_has_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trial has grown on the larger node, which then leaves; the largest of all is not for trials."""
+    there = Nodes(monkeypatch, scales=False, when=[(0.0, [HEAD, SMALL, BIG]), (10.0, [HEAD, SMALL])])
+    cluster = there.cluster()
+    cluster.join(search(tmp_path, workers={"memory": "8GB"}))
+    assert cluster.bounded(None) is None
+    for there.now, most in ((0.0, 19e9), (10.0, 9.5e9)):
+        assert cluster.largest() == most and cluster.bounded(Ask(memory=64 * GB)).memory == most
 
 
 @on_ray
@@ -504,3 +654,29 @@ def test_on_ray_a_trial_gets_more_memory_and_a_node_that_joins_is_used(tmp_path:
     rows = _table(folder)
     assert [(row["ended"], row["asked"], row["retries"], row["deaths"]) for row in rows] == [("finished", 1, 0, "[]")] * 2, rows
     assert said == ["the nodes have changed: 2 trials at once, 1 before"] and running[0] == 1 and max(running) == 2
+
+
+@on_ray
+def test_on_ray_a_search_ends_in_time_whose_trial_has_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another takes what the trial asks for. It stays with the search, which goes on with it when it is resumed."""
+    import ray
+
+    from distprune.search import runner
+
+    monkeypatch.setattr(runner, "WAITS_S", 1.0)
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
+    space = {"paradigm": ["dense"], "regularizer": ["none"]}
+    value = search(tmp_path, trials=1, space=space, workers={"resources": {"spot": 1}}, limits={"trials": 1, "wall": 2})
+    engine = runner.Ray(None, lambda event, facts: None)
+    ray.init(num_cpus=2, resources={"spot": 1}, include_dashboard=False, log_to_driver=False)
+    try:
+        taken = ray.util.placement_group([{"spot": 1}])
+        ray.get(taken.ready())
+        folder = driver.start(value, engine=engine, listen=lambda event, facts: None)
+        (row,) = _table(folder)
+        assert row["ended"] in ("", None, "running") and not reports(folder), row
+        ray.util.remove_placement_group(taken)
+        driver.resume(folder.path, limits={"wall": 600}, engine=engine, listen=lambda event, facts: None)
+    finally:
+        ray.shutdown()
+    assert [(row["ended"], row["attempts"]) for row in _table(folder)] == [("finished", 1)]

@@ -10,10 +10,11 @@ import torch
 from searches import checkpoints, job_in, resume, search, start
 from toys import finish, ready, recipe, same, tensors
 
+from distprune.core.allocation import OutOfMemory
 from distprune.core.executor import execute
 from distprune.core.projection import project
 from distprune.result import Result
-from distprune.search.trial import Job, grace_cost, run_trial
+from distprune.search.trial import Job, Memory, grace_cost, run_trial
 
 ROUNDS = {"name": "lth", "share": 0.6, "rewind_to": "10%"}
 
@@ -93,6 +94,23 @@ def test_what_goes_wrong_is_the_last_report(model: str, reason: str, tmp_path: P
     value = {**recipe("dense").plain(), "model": {"import": f"toys:{model}"}}
     (row,) = run_trial(_job(tmp_path, recipe=value))
     assert row["ended"] == "error" and row["final"] and reason in json.loads(row["extra"])["reason"]
+
+
+def test_a_broken_gpu_is_the_last_report_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def broken(share: float) -> None:
+        raise RuntimeError("Found no NVIDIA driver")
+
+    monkeypatch.setattr("torch.cuda.set_per_process_memory_fraction", broken)
+    (row,) = run_trial(_job(tmp_path, device="cuda", ask={"gpus": 0.25}))
+    assert row["ended"] == "error" and row["final"] and "RuntimeError: Found no NVIDIA driver" in json.loads(row["extra"])["reason"]
+
+
+@pytest.mark.parametrize("samples", [1, 2, 64])
+def test_a_pass_that_does_not_fit_is_halved_until_it_is_one_sample(samples: int) -> None:
+    """Even one that holds more than it is told to, as a slice of a batch may."""
+    memory, error = Memory(), OutOfMemory(samples, MemoryError())
+    halved = [memory.micro_batch for _ in range(10) if memory.halve(error, 32)]
+    assert halved == [samples >> times for times in range(1, samples.bit_length())]
 
 
 def test_divergence_is_reported_as_nan(tmp_path: Path) -> None:
