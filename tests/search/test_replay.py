@@ -118,7 +118,7 @@ def test_another_seed_differs_from_the_first_report_on(run: RunFolder, monkeypat
     from distprune.search import replay as room
 
     true = room._recipe
-    monkeypatch.setattr(room, "_recipe", lambda folder, trial: {**true(folder, trial), "seed": 1})
+    monkeypatch.setattr(room, "_recipe", lambda folder, trial: ({**true(folder, trial)[0], "seed": 1}, True))
     outcome = replay(run.path, _front(run))
     assert not outcome.same and outcome.differences[0].index == 0
 
