@@ -5,8 +5,11 @@ import os
 import shutil
 import tempfile
 
-# Before ray is imported anywhere: tests keep Ray's token out of the user's home, and its child processes quiet.
+# Before ray is imported anywhere: tests keep Ray's token out of the user's home, and its child processes quiet. Under `uv run` they are
+# as without it: messages name the plain command, and Ray starts its workers with this interpreter.
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
+os.environ.pop("UV_RUN_RECURSION_DEPTH", None)
 # Data sets that workers share lie in the system's folder for temporary files; those of tests go when the tests end.
 if "DISTPRUNE_NODE_CACHE" not in os.environ:
     os.environ["DISTPRUNE_NODE_CACHE"] = tempfile.mkdtemp(prefix="distprune-tests-")

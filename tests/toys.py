@@ -47,8 +47,11 @@ def photos() -> Dataset:
 
 
 def network(shape: tuple[int, int, int], classes: int, *, hidden: int = 32) -> nn.Module:
-    """Convolution, batch normalisation, dropout and two linear layers: everything that makes resuming hard."""
-    return nn.Sequential(
+    """Convolution, batch normalisation, dropout and two linear layers: everything that makes resuming hard.
+
+    With TOYS_SLEEP_S in the environment each pass takes that many seconds longer, so that a trial can be killed on a machine of any speed.
+    """
+    found = nn.Sequential(
         nn.Conv2d(shape[0], 6, 3, padding=1),
         nn.BatchNorm2d(6),
         nn.ReLU(),
@@ -59,6 +62,9 @@ def network(shape: tuple[int, int, int], classes: int, *, hidden: int = 32) -> n
         nn.ReLU(),
         nn.Linear(hidden, classes),
     )
+    if seconds := float(os.environ.get("TOYS_SLEEP_S", 0)):
+        found.register_forward_pre_hook(lambda module, inputs: time.sleep(seconds))
+    return found
 
 
 def raises(shape: tuple[int, int, int], classes: int) -> nn.Module:

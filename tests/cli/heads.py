@@ -67,7 +67,7 @@ def client_environment(home: Path) -> dict[str, str]:
     token = home / "token"
     token.touch(mode=0o600)
     token.write_text(TOKEN)
-    return {key: value for key, value in os.environ.items() if not key.startswith("RAY_")} | {
+    return {key: value for key, value in os.environ.items() if not key.startswith(("RAY_AUTH", "RAY_ADDRESS"))} | {
         "HOME": str(home),
         "PYTHONPATH": str(Path(__file__).parents[2]),
         "RAY_AUTH_MODE": "token",

@@ -177,11 +177,12 @@ def test_jobs_that_are_not_there_or_not_in_that_state(here: Path, server: Jobs, 
         at = ["--address", address]
         for command in ("status", "logs", "stop", "fetch", "resume"):
             assert "Unknown job 'tiny-2'. Did you mean 'tiny-1'? Known: big-1, big-2, tiny-1" in _refused(capsys, command, "tiny-2", *at)
-        error = _refused(capsys, "stop", "tiny-1", *at)
-        assert "tiny-1 is STOPPED already. Nothing is left to stop; go on with it: " in error and "distprune resume tiny-1" in error
+        assert "tiny-1 is STOPPED already. Nothing is left to stop; go on with it: distprune resume tiny-1" in _refused(
+            capsys, "stop", "tiny-1", *at
+        )
         for job in ("big-1", "big-2", "~/runs/big"):
             error = _refused(capsys, "resume", job, *at)
-            assert "big-2 is RUNNING and works on ~/runs/big. Wait for it, or stop it: " in error and "distprune stop big-2" in error
+            assert "big-2 is RUNNING and works on ~/runs/big. Wait for it, or stop it: distprune stop big-2" in error
         for command in ("fetch", "resume"):
             assert "theirs is no search that distprune submitted" in _refused(capsys, command, "theirs", *at)
         assert "there is no run folder" in _refused(capsys, "fetch", "tiny-1", *at)

@@ -58,7 +58,7 @@ class Nodes:
     def __init__(self, folder: Path, marks: Path, shared: Path) -> None:
         self.folder, self.marks, self.shared = folder, marks, shared
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        kept = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+        kept = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_AUTH", "RAY_ADDRESS"))}
         self._environment = {**kept, **QUICK, "PATH": path, "NODES": str(folder), "HOME": str(shared), "OMP_NUM_THREADS": "1"}
 
     def begin(self, *arguments: str, **changes: str) -> "subprocess.Popen[str]":

@@ -55,7 +55,7 @@ except UserError as error:
 
 
 def _environment(home: Path, **more: str) -> dict[str, str]:
-    mine = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    mine = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_AUTH", "RAY_ADDRESS"))}
     return mine | {"HOME": str(home), "PYTHONPATH": str(Path(__file__).parents[2])} | more
 
 

@@ -24,9 +24,9 @@ _QUICK = {"health_check_period_ms": 1000, "health_check_failure_threshold": 10} 
 
 
 def environment() -> dict[str, str]:
-    """Of drivers and nodes: the toys can be imported, and nothing is asked of or left in the user's home."""
+    """Of drivers and nodes: the toys can be imported and take some seconds, and nothing is asked of or left in the user's home."""
     path = os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return {**os.environ, "PYTHONPATH": path, "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"}
+    return {**os.environ, "PYTHONPATH": path, "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1", "TOYS_SLEEP_S": "0.02"}
 
 
 class Nodes:

@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -157,7 +158,6 @@ def test_the_newest_driver_owns_the_study(url: str, opened: Callable[..., Databa
 def test_whoever_takes_over_waits_for_what_is_under_way(url: str, opened: Callable[..., Database]) -> None:
     """No write of the old driver can come after the new one has looked: not even one that had begun."""
     first = opened()
-    late: list[int] = []
     arrived, go_on = threading.Event(), threading.Event()
 
     def work(connection: Connection, again: bool) -> None:
@@ -165,17 +165,15 @@ def test_whoever_takes_over_waits_for_what_is_under_way(url: str, opened: Callab
         go_on.wait(30)
         connection.execute(sqlalchemy.insert(database._trials).values(study_id=first._study, number=0, state=TrialState.RUNNING))
 
-    old = threading.Thread(target=first._written, args=(work,))
-    old.start()
-    assert arrived.wait(30)
-    new = threading.Thread(target=lambda: late.append(len(opened())))
-    new.start()
-    time.sleep(0.3)
-    assert not late, "the new driver has to wait"
-    go_on.set()
-    old.join(30)
-    new.join(60)
-    assert late == [1], "and sees what the old one has written"
+    with ThreadPoolExecutor(2) as threads:
+        old = threads.submit(first._written, work)
+        assert arrived.wait(30)
+        new = threads.submit(lambda: len(opened()))
+        time.sleep(0.3)
+        assert not new.done(), "the new driver has to wait"
+        go_on.set()
+        old.result(30)
+        assert new.result(60) == 1, "and sees what the old one has written"
 
 
 # Kills
