@@ -14,6 +14,7 @@ from distprune.search.decisions import Decisions
 from distprune.search.entry import NOTED, Assignment, Entry
 from distprune.search.failures import MOST_DEATHS, MOST_SILENCES, end_of
 from distprune.search.goals import Goals
+from distprune.search.known import Known
 from distprune.search.more import More
 from distprune.search.order import Order
 from distprune.search.proposer import MOST_AHEAD, Proposer
@@ -21,8 +22,6 @@ from distprune.search.rungs import Rungs
 from distprune.search.verdict import verdict
 from distprune.store.reports import ReportWriter
 from distprune.store.study import Truth
-
-MOST_DUPLICATES = 50  # in a row: then the space is exhausted
 
 
 class Book:
@@ -52,14 +51,9 @@ class Book:
         self.entries: list[Entry] = []
         self._requeued: list[int] = []
         self._owed: list[int] = []  # trials that are run again for reports that were lost
-        self._first_of: dict[str, int] = {}  # recipe identity -> the trial that runs it
-        self._repetitions = 0  # recipes proposed in a row that were proposed before
         self._turns = 0  # trials told so far
         self._again, self._order, self._more = again or Again(), order or Order(), more or More()
-        self._proposed = 0  # trials that were proposed
-        self._byproducts = byproducts
-        self._found: list[ByProduct] = []  # what ended trials came by, and no trial has yet
-        self._rounds: set[str] = set()  # identities of those that a trial has
+        self._known = Known(byproducts)
         self._busy: set[int] = set()  # trials that were given to a worker and have not ended
         self._finale: list[tuple[Entry, int]] = []  # repeats of finalists that are still to be begun: (original, repeat)
         self._in_finale = False
@@ -78,7 +72,7 @@ class Book:
             return None
         if self._requeued:
             return self._assign(self._begun_before(self._requeued.pop(0)))
-        if (found := self._born_of_a_round()) is not None:
+        if (found := self._known.take(self._born_of_a_round)) is not None:
             return self._assign(found)
         if (promoted := self.rungs.promotable()) is not None:
             self._decisions.leave_rung(self.entries[promoted])
@@ -94,24 +88,16 @@ class Book:
     @property
     def _may_propose(self) -> bool:
         """Whether a new recipe may be proposed."""
-        exhausted = self._repetitions >= MOST_DUPLICATES
-        return not (self._in_finale or exhausted or self._proposed >= self._most)
+        return not (self._in_finale or self._known.exhausted or self._known.proposed >= self._most)
 
     def _propose(self) -> None:
         """Have one more trial wait, if the sampler comes up with a recipe that is new; repeated ones are answered."""
         while self._may_propose:
             entry = self._born()
-            if (first := self._first(entry)) is entry:
+            if (first := self._known.propose(entry)) == entry.number:
                 self._order.wait(entry.number, entry.recipe)
                 return
-            self._answer(entry, first)
-
-    def _first(self, entry: Entry) -> Entry:
-        """Note what was proposed; returns the first trial with its recipe."""
-        first = self._first_of.setdefault(entry.identity, entry.number)
-        self._proposed += 1
-        self._repetitions = 0 if first == entry.number else self._repetitions + 1
-        return self.entries[first]
+            self._answer(entry, self.entries[first])
 
     @property
     def is_busy(self) -> bool:
@@ -119,7 +105,7 @@ class Book:
         return bool(self._busy)
 
     def _born(self) -> Entry:
-        number, place = len(self.entries), self._proposed
+        number, place = len(self.entries), self._known.proposed
         proposal = self._proposer.ask(number, place=place, last=place == self._most - 1)
         recipe, repeat = self._again.seeded(proposal.recipe)
         entry = Entry(number, recipe, digest(recipe), params=proposal.params, spared=proposal.spared, repeat=repeat)
@@ -133,28 +119,11 @@ class Book:
         self._record(entry, distributions, {})
         return entry
 
-    def _born_of_a_round(self) -> Entry | None:
-        """A trial of what another came by, if that is new."""
-        while self._found:
-            found = self._found.pop(0)
-            if not self._known(found.identity):
-                _, distributions = self._truth.parameters(found.number)
-                entry = Entry(len(self.entries), found.recipe, found.identity, params=found.params, round_of=found.number)
-                self._record(entry, distributions, {})
-                self._rounds.add(entry.identity)
-                return entry
-        return None
-
-    def _known(self, identity: str) -> bool:
-        """Whether a recipe was proposed, or entered as a round of another's trial."""
-        return identity in self._first_of or identity in self._rounds
-
-    def _note_rounds(self, entry: Entry) -> None:
-        """Remember what a trial that was told came by."""
-        if self._byproducts is not None and entry.proposed and entry.ended in ("finished", "stopped"):
-            self._found += self._byproducts.of(entry, self._known)
-        elif entry.round_of is not None and entry.ended == "finished":
-            self._first_of.setdefault(entry.identity, entry.number)  # another that has come to nothing answers for none
+    def _born_of_a_round(self, found: ByProduct) -> Entry:
+        _, distributions = self._truth.parameters(found.number)
+        entry = Entry(len(self.entries), found.recipe, found.identity, params=found.params, round_of=found.number)
+        self._record(entry, distributions, {})
+        return entry
 
     def _record(self, entry: Entry, distributions: Mapping[str, Any], system_attrs: Mapping[str, Any]) -> None:
         attrs: dict[str, Any] = {"recipe": entry.recipe.plain(), "identity": entry.identity}
@@ -165,7 +134,7 @@ class Book:
     def prepare(self) -> None:
         """Have a proposal made that will be asked for, while the workers are busy."""
         for ahead in range(MOST_AHEAD):
-            number, place = len(self.entries) + ahead, self._proposed + ahead
+            number, place = len(self.entries) + ahead, self._known.proposed + ahead
             if self._in_finale or place >= self._most or self.limit_reached:
                 return
             if self._proposer.prepare(number, place=place, beside=len(self._busy) - 1):
@@ -249,7 +218,7 @@ class Book:
             self._proposer.tell(number, state, values, constraints, rung=entry.rung)
         entry.ended, entry.told, entry.owed = ended, True, False
         self._ends[ended] += 1
-        self._note_rounds(entry)
+        self._known.told(entry)
         for duplicate in entry.duplicates:
             self._tell_duplicate(self.entries[duplicate], entry)
 
@@ -343,11 +312,9 @@ class Book:
                 entry.owed = ends[entry.number]["ended"] == "finished" and entry.number not in finished
                 entry.told = not entry.owed
             if entry.proposed:
-                self._first(entry)
+                self._known.propose(entry)
             elif entry.round_of is not None:
-                self._rounds.add(entry.identity)
-                if entry.number in ends and ends[entry.number]["ended"] == "finished":
-                    self._first_of.setdefault(entry.identity, entry.number)
+                self._known.enter(entry, finished=entry.number in ends and ends[entry.number]["ended"] == "finished")
         self._again.restore(self.entries)
         for row in rows:
             entry, index = self.entries[row["trial"]], row["index"]
@@ -365,12 +332,12 @@ class Book:
                 self._ends[entry.ended] += 1
         for number in sorted(ends, key=lambda number: ends[number].get("turn", 0)):
             if self.entries[number].told:
-                self._note_rounds(self.entries[number])
+                self._known.told(self.entries[number])
         self._decisions.repeated.forgive()  # a resumed search tries again
         self._proposer.restore([trial for trial, entry in zip(trials, self.entries, strict=True) if entry.proposed])
         counts = {"ended": sum(entry.told for entry in self.entries), "told now": 0, "queued again": 0}
         for entry in self.entries:
-            original = self.entries[self._first_of[entry.identity]] if entry.proposed else entry
+            original = self.entries[self._known.answers_for(entry)] if entry.proposed else entry
             if entry.told:
                 continue
             if original is not entry:
@@ -388,13 +355,13 @@ class Book:
         """Whether a trial is left to run."""
         if self._owed:
             return True
-        waiting = self._requeued or self._finale or self._found or self._order.waiting
+        waiting = self._requeued or self._finale or self._known.has_rounds or self._order.waiting
         return not self.limit_reached and (bool(waiting) or self._may_propose or any(entry.waits for entry in self.entries))
 
     @property
     def has_rounds(self) -> bool:
         """Whether rounds are left to be entered, of trials that were told when nothing else was left to run."""
-        return bool(self._found) and not (self.limit_reached or self.gave_up)
+        return self._known.has_rounds and not (self.limit_reached or self.gave_up)
 
     def open_finale(self) -> int:
         """Go over to the repeats of finalists once all that was proposed has ended; returns how many there are to be run.
@@ -447,7 +414,7 @@ class Book:
         best = max(self.front.values(), default=None)
         return {
             "born": len(self.entries),
-            "most": self._most + len(self.entries) - self._proposed + len(self._finale),
+            "most": self._most + len(self.entries) - self._known.proposed + len(self._finale),
             "ends": ends,
             "best": best,
             "front": len(self.front),

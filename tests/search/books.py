@@ -27,7 +27,7 @@ def book_of(tmp_path: Path, entries: int = 1, **changes: Any) -> Book:
     parts: dict[str, Any] = {name: Nothing() for name in due}
     book = Book(**{**parts, "goals": Goals(), "rungs": Rungs([], 3), "most_trials": 9, **changes})
     book.entries = [Entry(number, recipe("dense"), str(number)) for number in range(entries)]
-    book._proposer.size, book._proposed = 0, 9  # type: ignore[misc]
+    book._proposer.size, book._known.proposed = 0, 9  # type: ignore[misc]
     return book
 
 
@@ -36,6 +36,13 @@ def row_of(number: int, index: int, *, attempt: str = "a", wall_s: float = 0.0, 
     row = {"trial": number, "attempt": attempt, "index": index, "rung": -1, "final": False, "ended": "", "cost": 10.0 * index}
     row |= {"spent": 10.0, "sparsity": 0.5, "kept": TOTAL // 2, "objective": 0.5, "score": None, "wall_s": wall_s, "extra": "{}"}
     return row | changes
+
+
+def dies(book: Book, cause: str = "worker process died", *, free: bool = False) -> bool:
+    """Whether trial 0 is begun again when its worker has died."""
+    book.died(0, cause, free=free)
+    book.gone(0)
+    return (again := book.next()) is not None and again.number == 0
 
 
 def on_ray(test: Any) -> Any:

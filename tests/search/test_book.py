@@ -9,7 +9,7 @@ from searches import curve, outcome, reports, resume, search, start, trials
 
 from distprune.errors import UserError
 from distprune.search import driver
-from distprune.search.book import MOST_DUPLICATES
+from distprune.search.known import MOST_DUPLICATES
 from distprune.search.simulate import Simulator
 from distprune.search.trial import Job
 from distprune.store.files import lock

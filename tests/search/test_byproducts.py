@@ -25,6 +25,7 @@ from distprune.search.trial import Job, run_trial
 from distprune.store.folder import RunFolder
 from distprune.store.trials import read_trials
 
+pytestmark = pytest.mark.usefixtures("elsewhere")
 ROUNDS = {"name": "finetune", "share": 0.6, "tune": "50%", "rate": "replay", "weights": "inherit"}
 SPACE: dict[str, Any] = {
     "paradigm": [ROUNDS, "at_init"],
@@ -32,12 +33,6 @@ SPACE: dict[str, Any] = {
     "allocator": ["erk", "uniform"],
     "regularizer": ["none"],
 }
-
-
-@pytest.fixture(autouse=True)
-def elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    monkeypatch.chdir(tmp_path)  # and back, as a trial changes the working directory
-    yield
 
 
 def _search(storage: Path, **changes: Any) -> Search:

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from books import book_of, row_of
+from disks import Held, checkpoint_of, on_disk
 from searches import curve, job_in, outcome, reports, search, start
-from test_failures import Held, _book, _checkpoint, _on_disk, _row
 from toys import BASE, recipe
 
 from distprune.search import driver, retention
@@ -24,23 +25,19 @@ from distprune.store import files
 from distprune.store.folder import RunFolder
 from distprune.store.trials import read_trials
 
+pytestmark = pytest.mark.usefixtures("elsewhere")
 SIZE = 1000  # of a made-up checkpoint
 PROMOTE = {"name": "pareto_halving", "reduction": 2, "front": 0.0, "variant": "promote"}
 
 
-@pytest.fixture(autouse=True)
-def elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.chdir(tmp_path)  # and back, as a trial changes the working directory
-
-
 def test_samples_that_were_served_are_no_checkpoint(tmp_path: Path) -> None:
     """Nor do they supersede one: the only checkpoint of a running trial stays."""
-    folder, book = RunFolder(tmp_path / "x").create(), _book(tmp_path, entries=3)
+    folder, book = RunFolder(tmp_path / "x").create(), book_of(tmp_path, entries=3)
     keeper = Retention(folder, book, limit=150)
-    keeper.heard(_checkpoint(folder, 0, "a", 5))
+    keeper.heard(checkpoint_of(folder, 0, "a", 5))
     for index in (6, 7):
-        keeper.heard(_row(0, index, attempt="a", extra=json.dumps({"saved": 1280, "metrics": {"checkpoint": 1.0}})))
-    assert _on_disk(folder) == {"0/a/5"} and keeper.total == 100
+        keeper.heard(row_of(0, index, attempt="a", extra=json.dumps({"saved": 1280, "metrics": {"checkpoint": 1.0}})))
+    assert on_disk(folder) == {"0/a/5"} and keeper.total == 100
 
 
 def test_a_search_that_may_keep_nothing_takes_nothing_from_the_cache_of_others(tmp_path: Path) -> None:
@@ -119,19 +116,19 @@ def test_what_waits_keeps_to_the_limit_and_begins_again(workers: int, tmp_path: 
 
 
 def test_of_those_that_wait_the_most_dominated_goes_first_and_what_runs_stays(tmp_path: Path) -> None:
-    folder, book, said = RunFolder(tmp_path / "x").create(), _book(tmp_path, entries=5, rungs=Rungs([10], 3, promotes=True)), list[str]()
+    folder, book, said = RunFolder(tmp_path / "x").create(), book_of(tmp_path, entries=5, rungs=Rungs([10], 3, promotes=True)), list[str]()
     keeper = Retention(folder, book, limit=400, listen=lambda event, facts: said.append(facts["message"]))
     for number, vector in enumerate([(0.5, -100.0), (0.9, -100.0), (0.4, -200.0), (0.8, -100.0)]):
         book.rungs.goes_on(number, 0, vector)
         book.entries[number].paused = 0
-        keeper.heard(_checkpoint(folder, number, "a", 1))
+        keeper.heard(checkpoint_of(folder, number, "a", 1))
     assert said == [] and keeper.total == 400
-    keeper.heard(_checkpoint(folder, 4, "a", 1))
-    assert _on_disk(folder) == {"0/a/1", "1/a/1", "3/a/1", "4/a/1"}
-    keeper.heard(_checkpoint(folder, 4, "b", 2, size=200))
-    assert _on_disk(folder) == {"1/a/1", "3/a/1", "4/b/2"}, "what is superseded goes before them"
-    keeper.heard(_checkpoint(folder, 4, "c", 3, size=500))
-    assert _on_disk(folder) == {"4/c/3"}, "however large, it is what runs"
+    keeper.heard(checkpoint_of(folder, 4, "a", 1))
+    assert on_disk(folder) == {"0/a/1", "1/a/1", "3/a/1", "4/a/1"}
+    keeper.heard(checkpoint_of(folder, 4, "b", 2, size=200))
+    assert on_disk(folder) == {"1/a/1", "3/a/1", "4/b/2"}, "what is superseded goes before them"
+    keeper.heard(checkpoint_of(folder, 4, "c", 3, size=500))
+    assert on_disk(folder) == {"4/c/3"}, "however large, it is what runs"
     assert "the checkpoints of waiting trials 2" in said[0] and "waiting trials 0" in said[1] and "waiting trials 3, 1" in said[2]
 
 

@@ -8,14 +8,13 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors import safe_open
-from safetensors.torch import save_file
+from greedy import Greedy
 from searches import search, start
-from test_failures import Greedy
 from toys import BASE
 
 from distprune.api import replay
 from distprune.cli import main
+from distprune.core.masks import Masks
 from distprune.result import Result
 from distprune.search.trial import run_trial
 from distprune.store import reports
@@ -96,11 +95,10 @@ def test_the_score_at_a_rung_is_compared(run: RunFolder) -> None:
 
 def test_other_masks_are_found(run: RunFolder) -> None:
     path = run.masks_file(_front(run))
-    with safe_open(str(path), framework="pt") as file:
-        tensors, facts = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
-    first = next(iter(tensors.values())).view(-1)
-    first[0] = 1 - first[0] if first.dtype != torch.bool else ~first[0]
-    save_file(tensors, str(path), metadata=facts)
+    masks = Masks.load(path)
+    first = next(iter(masks.values())).view(-1)
+    first[0] = ~first[0]
+    masks.save(path)
     outcome = replay(run.path, _front(run))
     assert outcome.masks is False and not outcome.same and not outcome.differences
 
@@ -128,7 +126,7 @@ def test_a_trial_that_ran_out_of_memory_is_replayed_in_the_same_parts(after: int
     """Though there is enough memory now: sums of gradients are rounded otherwise than those of a whole batch."""
     for name, value in {"most": 10, "at_once": 1000, "after": after, "passes": 0}.items():
         monkeypatch.setattr(Greedy, name, value)
-    recipe = {**BASE, "model": {"import": "test_failures:greedy"}, "train": {**BASE["train"], "length": "8ep"}}
+    recipe = {**BASE, "model": {"import": "greedy:greedy"}, "train": {**BASE["train"], "length": "8ep"}}
     value = search(tmp_path, trials=1, recipe=recipe, space={"paradigm": ["dense"]}, report_every="1ep")
     folder = start(value, workers=1, using=run_trial)
     micro = [json.loads(row["extra"]).get("micro_batch") for row in reports.read(folder.reports).to_pylist()]

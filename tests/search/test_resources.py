@@ -31,6 +31,7 @@ from distprune.store.folder import RunFolder
 from distprune.store.reports import recover
 from distprune.store.trials import read_trials
 
+pytestmark = pytest.mark.usefixtures("elsewhere")
 GB = 10**9
 
 
@@ -38,11 +39,6 @@ GB = 10**9
 def no_networks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Made-up curves leave no networks to measure on the test split."""
     monkeypatch.setattr(driver, "finalize", close_tables)
-
-
-@pytest.fixture(autouse=True)
-def elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.chdir(tmp_path)  # and back, as a trial changes the working directory
 
 
 # What a trial asks for.

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 import yaml
+from books import book_of
+from disks import checkpoint_of, on_disk
 from laws import front, masks, told
 from searches import outcome, resume, search, start
-from test_failures import _book, _checkpoint, _on_disk
 from toys import BASE
 
 import distprune as dp
@@ -34,7 +35,7 @@ def _names(url: str) -> list[str]:
     return [name for name, _, _ in Objects.open(url).list()]
 
 
-def _row(trial: Any) -> dict[str, Any]:
+def row_of(trial: Any) -> dict[str, Any]:
     return {name: value for name, value in trial.row.items() if name != "wall_s"}
 
 
@@ -60,7 +61,7 @@ def test_a_search_at_a_url_is_the_one_in_a_folder(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "laptop"))
     result = dp.Result(url)
     best = dp.Result(local.path).best()
-    assert [_row(trial) for trial in result.pareto()] == [_row(trial) for trial in dp.Result(local.path).pareto()]
+    assert [row_of(trial) for trial in result.pareto()] == [row_of(trial) for trial in dp.Result(local.path).pareto()]
     assert result.best().masks.equal(best.masks) and result.best().replay().same
     assert main(["report", url]) == 0
     shown = capsys.readouterr().out
@@ -88,21 +89,21 @@ def test_limits_of_the_disk_hold_at_a_url(s3: str, tmp_path: Path) -> None:
 
 
 def test_what_is_deleted_waits_until_it_is_known_why(tmp_path: Path) -> None:
-    folder, book, works = RunFolder(tmp_path / "x").create(), _book(tmp_path, entries=3), list[Callable[[], None]]()
+    folder, book, works = RunFolder(tmp_path / "x").create(), book_of(tmp_path, entries=3), list[Callable[[], None]]()
     retention = Retention(folder, book, later=works.append)
     for number in range(3):
         for index in (1, 2):
-            retention.heard(_checkpoint(folder, number, "a", index, size=10))
-    everything = _on_disk(folder)
+            retention.heard(checkpoint_of(folder, number, "a", index, size=10))
+    everything = on_disk(folder)
     book.entries[0].told = book.entries[1].told = True
     book.front[1] = (0.9, -9.0)
     retention.sweep(0)
     retention.sweep(1)
     retention.sweep()
-    assert _on_disk(folder) == everything and len(everything) == 6 and retention.total == 30, "it is counted as if it were gone"
+    assert on_disk(folder) == everything and len(everything) == 6 and retention.total == 30, "it is counted as if it were gone"
     for work in works:
         work()
-    assert _on_disk(folder) == {"1/a/2", "2/a/1", "2/a/2"}
+    assert on_disk(folder) == {"1/a/2", "2/a/1", "2/a/2"}
 
 
 def _environment(machine: Path) -> dict[str, str]:

@@ -29,11 +29,6 @@ def _plain(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{key: value for key, value in row.items() if key not in skipped} for row in rows]
 
 
-@pytest.fixture
-def elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.chdir(tmp_path)  # and back, as a trial changes the working directory
-
-
 pytestmark = pytest.mark.usefixtures("elsewhere")
 
 

@@ -19,17 +19,13 @@ from distprune.store.folder import RunFolder
 from distprune.store.reports import read
 from distprune.store.trials import read_trials
 
+pytestmark = pytest.mark.usefixtures("elsewhere")
 SPACE: dict[str, Any] = {
     "paradigm": ["finetune", "dense"],
     "criterion": ["magnitude"],
     "allocator": ["erk", "uniform"],
     "regularizer": ["none", {"name": "l2", "strength": 1e-3}, {"name": "l2", "strength": 1e-2}],
 }
-
-
-@pytest.fixture(autouse=True)
-def elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.chdir(tmp_path)  # and back, as a trial changes the working directory
 
 
 def _searches(storage: Path) -> list[Search]:
