@@ -5,9 +5,11 @@ clock of another machine, and everything here may fail into two producers at wor
 
 A lease is taken by `link`, which one of many wins on NFS too, where the count of links is believed and not the answer. Its holder changes
 its content now and then. Whoever watches it sees by its own clock for how long nothing has changed; then the lease is stolen by a rename,
-which again one of many wins.
+which again one of many wins. On the holder's own machine its death is seen at once.
 """
 
+import functools
+import hashlib
 import json
 import os
 import threading
@@ -30,8 +32,35 @@ def _process() -> str:
     return _PROCESS
 
 
+@functools.cache
+def _machine() -> str:
+    """A name of this machine since it was started, and of the processes that see each other there; empty where that is not known."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text()
+        return hashlib.sha256(f"{boot}{os.stat('/proc/self/ns/pid').st_ino}".encode()).hexdigest()[:12]
+    except OSError:
+        return ""
+
+
+def _birth(pid: int) -> int | None:
+    """When a process of this machine began, in ticks since that was started; None if it has ended."""
+    try:
+        facts = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if facts[0] in "ZX" else int(facts[19])
+
+
+def _has_died(content: dict[str, Any]) -> bool:
+    """Whether the holder was a process of this machine that is no more."""
+    if not _machine() or content.get("machine") != _machine():
+        return False
+    pid, born = str(content.get("process", "")).partition("-")[0], content.get("born")
+    return pid.isdigit() and _birth(int(pid)) != born
+
+
 class Lease:
-    """A lease that is held; `take` makes one. Its content is JSON: process, owner, beat and what the holder notes."""
+    """A lease that is held; `take` makes one. Its content is JSON: who holds it, beat and what the holder notes."""
 
     def __init__(self, path: Path, owner: str, descriptor: int) -> None:
         self.path, self.owner = path, owner
@@ -80,7 +109,8 @@ class Lease:
                 return
 
     def _write(self) -> None:
-        content = {"process": _process(), "owner": self.owner, "beat": self._beats, **self.note}
+        holder = {"process": _process(), "machine": _machine(), "born": _birth(os.getpid())}
+        content = {**holder, "owner": self.owner, "beat": self._beats, **self.note}
         data = json.dumps(content).encode().ljust(256)  # of one length, so that a shorter one leaves nothing of a longer behind
         os.pwrite(self._descriptor, data, 0)
         os.fsync(self._descriptor)  # a network file system would keep it to itself
@@ -124,14 +154,14 @@ class Watch:
         self._seen, self._since = b"", clock()
 
     def look(self) -> dict[str, Any] | None:
-        """The content of a lease whose holder lives, {} while it is written; None if there is none. A stale one is removed."""
+        """The content of a lease whose holder lives, {} while it is written; None if there is none. A dead one's is removed."""
         try:
             content = self._path.read_bytes()
         except OSError:
             return None
         if content != self._seen:
             self._seen, self._since = content, self._clock()
-        elif self._clock() - self._since >= self._stale:
+        if _has_died(_parse(content)) or self._clock() - self._since >= self._stale:
             _remove(self._path, lambda found: found == _parse(content))
             return None
         return _parse(content)

@@ -144,6 +144,29 @@ def test_the_thread_beats(path: Path) -> None:
     assert list(path.parent.iterdir()) == []
 
 
+@pytest.mark.parametrize("seen", [True, False])
+def test_a_death_is_seen_at_once_on_the_same_machine_alone(seen: bool, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that stands still; the dead process has not even been waited for."""
+    child = os.fork()
+    if child == 0:
+        Lease.take(path, beat_every=None)
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+    if not seen:
+        monkeypatch.setattr(leases, "_machine", lambda: "another")
+    assert (Watch(path, clock=lambda: 0.0).look() is None) == seen == (not path.exists())
+    os.waitpid(child, 0)
+
+
+def test_another_process_of_the_same_number_is_not_the_holder(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    born = leases._birth(os.getpid())
+    assert born is not None
+    lease = _take(path)
+    assert Watch(path, clock=lambda: 0.0).look() is not None
+    monkeypatch.setattr(leases, "_birth", lambda pid: born + 1)
+    assert Watch(path, clock=lambda: 0.0).look() is None and not lease.is_held
+
+
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_killed_or_frozen_holder_passes_it_on(how: signal.Signals, path: Path) -> None:
     child = os.fork()
