@@ -2,13 +2,14 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distprune.core.config import read_yaml
 from distprune.core.masks import Masks
+from distprune.environment import environment
 from distprune.errors import UserError, command
 from distprune.store.folder import RunFolder
 from distprune.store.place import is_url
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
     from distprune.report.sanity import Sanity
     from distprune.search.replay import Replay
+
+Listener = Callable[[str, dict[str, Any]], None]
 
 
 @dataclass(frozen=True)
@@ -55,14 +58,31 @@ class TrialResult:
 
         return replay(str(self.folder), self.number, device=device)
 
-    def export(self, to: str | Path) -> Path:
-        """Write masks, pruned weights, a stand-alone model and a manifest to the new folder `to`; UserError if no weights are left."""
-        from distprune.export.network import export
-        from distprune.search.finale import load_trial
+    def export(self, to: str | Path, *, formats: Iterable[str] | None = None, listen: Listener = lambda event, facts: None) -> Path:
+        """Write masks, pruned weights, a stand-alone model, the other `formats` and a manifest to the new folder `to`.
 
-        run = load_trial(self.folder, self.number, self.recipe)
-        environment = read_yaml(self.folder.search_yaml)["environment"]
-        return export(run, to, {"trial": self.number, "key": self.row["recipe_key"], "run": self.folder.path.name, "versions": environment})
+        `formats` are names of `distprune list format`, by default those that need no further package. A trial that has kept no weights is
+        run again first, as far as it came, and `listen` hears of it. Raises UserError for an unknown format, a folder that is not empty
+        and a trial that failed; nothing is written then.
+        """
+        from distprune.export.writing import check_target, chosen, export
+        from distprune.search.finale import keeps_weights, load_trial
+        from distprune.search.replay import rebuilt
+
+        formats = formats if formats is None or isinstance(formats, str) else list(formats)
+        chosen(formats)  # what is wrong is said before anything is trained
+        check_target(to)
+        self.folder.check_real("exported")
+        versions = read_yaml(self.folder.search_yaml)["environment"]
+        facts = {"trial": self.number, "key": self.row["recipe_key"], "run": self.folder.path.name, "ended": self.row["ended"]}
+        if self.row["ended"] == "finished" and keeps_weights(self.folder, self.number):
+            run = load_trial(self.folder, self.number, self.recipe)
+        else:
+            listen("replaying", {"trial": self.number, "ended": self.row["ended"], "cost": self.row["cost"]})
+            run, replayed = rebuilt(str(self.folder), self.number, listen=listen)
+            facts["replayed"], versions = replayed.lines(), environment()
+            listen("rebuilt", {"lines": replayed.lines()})
+        return export(run, to, {**facts, "versions": versions}, formats=formats)
 
 
 class Result:
@@ -78,6 +98,24 @@ class Result:
         if not self.folder.trials.exists():
             raise UserError(f"{self.folder} has no trials yet. Wait, or go on with: {command(f'resume {self.folder.quoted}')}")
         return read_trials(self.folder.trials)
+
+    def report(self, *, to: str | Path | None = None) -> Path:
+        """Write `report.html`, a page about the search in one file, into its folder, and return where it is.
+
+        With `to`, a new or empty folder, each figure goes there as PNG and its numbers as CSV. Raises UserError where something cannot be
+        written.
+        """
+        from distprune.report import images, page
+        from distprune.report.data import Data
+
+        if to is not None:
+            images.check_target(to)
+        data = Data.read(self.folder)
+        drawn = page.draw(data)
+        path = page.write(data, drawn)
+        if to is not None:
+            images.write(drawn, to)
+        return path
 
     def rows(self) -> list[TrialResult]:
         """All trials in order."""

@@ -59,7 +59,7 @@ def test_ray_is_imported_by_few() -> None:
         for path in PACKAGE.rglob("*.py")
         if any(name.split(".")[0] == "ray" for name in _imports(path, everywhere=True))
     }
-    assert users == {"search/runner.py", "search/cluster.py", "search/crew.py", "search/access.py", "cli/head.py"}
+    assert users == {"search/runner.py", "search/loggers.py", "search/cluster.py", "search/crew.py", "search/access.py", "cli/head.py"}
 
 
 def test_nothing_is_unpickled() -> None:
@@ -76,10 +76,13 @@ COMMANDS = {
     "plan": {"config"},
     "check": {"config"},
     "list": {"kind"},
-    "report": {"run"},
-    "export": {"run", "to", "trial", "max_density"},
+    "report": {"run", "watch", "to"},
+    "export": {"run", "to", "trial", "max_density", "formats"},
     "replay": {"run", "trial", "device"},
     "sanity": {"run", "trial", "seeds", "device", "to"},
+    "apply": {"masks", "model", "weights", "to", "option", "trial", "partial"},
+    "bench": {"export", "batch", "threads", "device", "rounds", "to"},
+    "dashboard": {"run", "port", "host"},
     "submit": {"config", "address", "name", "storage", "trials", "pip", "uv", "follow"},
     "status": {"job", "address"},
     "logs": {"job", "address", "tail", "follow"},

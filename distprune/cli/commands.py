@@ -141,12 +141,22 @@ def list_entries(
 
 
 @app.command()
-def report(run: RunArgument) -> None:
-    """Show what a search found, from its folder; it may still be running."""
-    from distprune.report.tables import show_result
-    from distprune.result import Result
+def report(
+    run: RunArgument,
+    watch: Annotated[bool, typer.Option("--watch", help="Write the page again every few seconds until the search ends.")] = False,
+    to: Annotated[
+        Path | None, typer.Option(help="Write each figure to this new folder, as PNG and its numbers as CSV.", show_default=False)
+    ] = None,
+) -> None:
+    """Show what a search found, from its folder, and write its page, report.html; it may still be running."""
+    from distprune.report.shown import follow, show_report
 
-    show_result(Result(run))
+    if watch and to is not None:
+        raise typer.BadParameter("--to is for a search as it is now: leave --watch out")
+    if watch:
+        follow(run)
+    else:
+        show_report(run, to)
 
 
 @app.command()
@@ -159,12 +169,20 @@ def export(
     max_density: Annotated[
         float | None, typer.Option(help="Take the best that keeps at most this share of the weights.", show_default=False)
     ] = None,
+    formats: Annotated[
+        str | None,
+        typer.Option(help="Such as slim,onnx: see 'distprune list format'. By default those that need no package.", show_default=False),
+    ] = None,
 ) -> None:
-    """Write masks, pruned weights, a stand-alone model and a manifest of one trial."""
+    """Write masks, pruned weights, a stand-alone model, other formats and a manifest of one trial."""
+    from distprune.cli.progress import exporting
+    from distprune.export.reading import open_export
     from distprune.result import Result
 
     best = Result(run).best(trial=trial, max_density=max_density)
-    print(f"trial {best.number} exported to {best.export(to)}")
+    folder = best.export(to, formats=None if formats is None else [name.strip() for name in formats.split(",")], listen=exporting)
+    print("\n".join(open_export(folder).lines()))
+    print(f"trial {best.number} exported to {folder}")
 
 
 @app.command()
@@ -197,6 +215,61 @@ def sanity(
     from distprune.report.sanity import hear, show_sanity
 
     show_sanity(api.sanity(run, trial=trial, seeds=seeds, device=device, to=to, listen=hear))
+
+
+@app.command()
+def apply(
+    masks: Annotated[str, typer.Argument(help="File of masks, export folder, or run folder or its URL.", show_default=False)],
+    model: Annotated[
+        str, typer.Option(help="Function that returns the network: package.module:function; this folder's too.", show_default=False)
+    ],
+    weights: Annotated[Path | None, typer.Option(help="Safetensors file of its state.", show_default=False)] = None,
+    to: Annotated[Path | None, typer.Option(help="Write the pruned state to this new safetensors file.", show_default=False)] = None,
+    option: Annotated[
+        list[str] | None, typer.Option(help="What the function is called with: name=value, one each.", show_default=False)
+    ] = None,
+    trial: Annotated[
+        int | None, typer.Option(help="Number in a run's Pareto table; by default the best pruned one.", show_default=False)
+    ] = None,
+    partial: Annotated[bool, typer.Option("--partial", help="Go on where names or shapes do not match.")] = False,
+) -> None:
+    """Put masks on a network of your own."""
+    from distprune import api
+    from distprune.cli.values import named
+    from distprune.report.applied import show_applied
+
+    options = named(option or [])
+    show_applied(api.apply(masks, model, options=options, weights=weights, to=to, trial=trial, strict=not partial))
+
+
+@app.command()
+def bench(
+    export: Annotated[Path, typer.Argument(help="Folder of an export.", show_default=False)],
+    batch: Annotated[str, typer.Option(help="Batch sizes.")] = "1,64",
+    threads: Annotated[int | None, typer.Option(help="On the processor; by default torch's own number.", show_default=False)] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    rounds: Annotated[int | None, typer.Option(help="Blocks of each network; by default 30.", show_default=False)] = None,
+    to: Annotated[Path | None, typer.Option(help="Write the numbers to this new JSON file.", show_default=False)] = None,
+) -> None:
+    """Measure the forms of an export beside the dense network, and say whether they are faster."""
+    from distprune import api
+    from distprune.cli.values import numbers
+    from distprune.report.bench import Progress, show_bench
+
+    batches = numbers(batch, "--batch")
+    show_bench(api.bench(export, batches=batches, threads=threads, device=device, rounds=rounds, to=to, listen=Progress()))
+
+
+@app.command()
+def dashboard(
+    run: RunArgument,
+    port: Annotated[int, typer.Option(help="0 for one that is free.")] = 8080,
+    host: Annotated[str, typer.Option(help="Address to listen on; by default only this machine can look at it.")] = "127.0.0.1",
+) -> None:
+    """Show the trials of a run in optuna-dashboard, read-only, until Ctrl-C; the search may still be running."""
+    from distprune import api
+
+    api.dashboard(run, host=host, port=port)
 
 
 @app.command()

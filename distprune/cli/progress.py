@@ -65,9 +65,13 @@ class Display:
 
     _on_nodes = _on_disk
 
+    _on_report = _on_disk
+
     _on_database = _on_disk
 
     _on_storage = _on_disk
+
+    _on_logger = _on_disk
 
     def _on_gave_up(self, reason: str, folder: Any) -> None:
         print(f"\r\033[KStopped early: {reason}" if self._live else f"Stopped early: {reason}")
@@ -137,12 +141,25 @@ class Display:
         from distprune.report.tables import show_result
 
         show_result(result)
+        if result.folder.report_html.is_file():
+            print(f"Page: {result.folder.report_html}")
 
 
 def replayed(event: str, facts: dict[str, Any]) -> None:
     """A line a report of a trial that is replayed."""
     if facts["row"]["objective"] is not None:
         print(f"{facts['share']:4.0%}  report {facts['row']['index']}  objective {facts['row']['objective']:.4f}", flush=True)
+
+
+def exporting(event: str, facts: dict[str, Any]) -> None:
+    """What an export does before it writes: a trial without weights is run again."""
+    if event == "replaying":
+        what = f"was {facts['ended']} and" if facts["ended"] == "stopped" else "is not on the front and"
+        print(f"trial {facts['trial']} {what} has kept no weights: running it again, {facts['cost']:,.0f} samples", flush=True)
+    elif event == "rebuilt":
+        print("\n".join(facts["lines"]), flush=True)
+    else:
+        replayed(event, facts)
 
 
 class Lines:

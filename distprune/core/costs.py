@@ -38,13 +38,21 @@ class Subject:
 
 @cost("params")
 def params(subject: Subject) -> float | None:
-    """Prunable weights that are kept."""
+    """Prunable weights that are kept.
+
+    Formula:
+        kept / n
+    """
     return sum(subject.kept.values()) / subject.dense.total
 
 
 @cost("flops")
 def flops(subject: Subject) -> float | None:
-    """FLOPs of a forward pass in the prunable layers with zeros skipped; None where they cannot be counted."""
+    """FLOPs of a forward pass in the prunable layers with zeros skipped; None where they cannot be counted.
+
+    Formula:
+        sum_l (F_l kept_l / n_l) / sum_l F_l,  F_l the dense FLOPs of layer l
+    """
     dense = sum(subject.dense.flops.values())
     layers = subject.layers
     if not dense or not layers.flops:
@@ -55,6 +63,9 @@ def flops(subject: Subject) -> float | None:
 @cost("memory")
 def memory(subject: Subject) -> float | None:
     """Bytes that inference of one sample needs: prunable weights as they are best stored, plus the largest layer's activations.
+
+    Formula:
+        (sum_l min(w n_l, n_l / 8 + w kept_l) + max_l activations_l) / the same of the dense network
 
     A weight tensor of n numbers, k of them kept, w bytes each, takes min(w n, n / 8 + w k), dense or as a bitmap with values. A layer's
     activations are what the operation on its weights reads and writes besides parameters, w bytes a number. Both are those of the network
@@ -70,6 +81,9 @@ def memory(subject: Subject) -> float | None:
 @cost("latency", measured=True)
 def latency(subject: Subject, *, batch: int = 1, spread: float = 0.1, attempts: int = 3) -> float | None:
     """Time of a forward pass of `batch` samples through the smaller network, measured in turn with the dense one.
+
+    Formula:
+        median over rounds of time(small) / time(dense)
 
     None where the ratio's interquartile range stays above `spread` of its median in each of `attempts`.
     """

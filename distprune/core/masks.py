@@ -2,7 +2,9 @@
 
 import json
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -12,11 +14,38 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from distprune.core import names as naming
+from distprune.core import packed
 from distprune.errors import UserError
 
 PRUNABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-# What torch.nn.DataParallel, DistributedDataParallel and torch.compile put before the names of a network's parameters.
-_WRAPPERS = ("module.", "_orig_mod.")
+
+
+@dataclass(frozen=True)
+class Match:
+    """How masks and a network fit together."""
+
+    network: str  # what it is called
+    pairs: Mapping[str, str]  # mask -> parameter of the same shape
+    unfit: Mapping[str, str]  # mask without such a parameter -> what is wrong, in one sentence
+    unmasked: tuple[str, ...]  # prunable weights of the network for which there is no mask
+
+    def summary(self) -> str:
+        """What did not match, in one line; empty if everything did."""
+        parts = list(self.unfit.values())[:1]
+        if len(self.unfit) > 1:
+            parts.append(f"{len(self.unfit) - 1} more masks have no weight of their name and shape: {naming.some(list(self.unfit)[1:])}.")
+        if self.unmasked:
+            parts.append(f"Prunable weights without a mask: {naming.some(self.unmasked)}.")
+        return " ".join(parts)
+
+    def check(self, *, strict: bool) -> None:
+        """Raise UserError if no mask has a weight or, with `strict`, if one has none."""
+        count = len(self.pairs) + len(self.unfit)
+        if not self.pairs:
+            raise UserError(f"At least one of {count} masks must have its weight in {self.network}, none has. {self.summary()}")
+        if self.unfit and strict:
+            raise UserError(f"{self.summary()} To apply the other masks, {len(self.pairs)} of {count}: strict=False, or --partial.")
 
 
 class Masks(Mapping[str, Tensor]):
@@ -74,60 +103,102 @@ class Masks(Mapping[str, Tensor]):
         """The same masks on `device`."""
         return Masks({name: mask.to(device) for name, mask in self.items()})
 
-    @torch.no_grad()
-    def apply_(self, model: nn.Module) -> nn.Module:
-        """Set the removed weights of `model` to zero, in place, and return it.
+    def match(self, model: nn.Module) -> Match:
+        """Which mask belongs to which weight of `model`, and what is left over on both sides.
 
-        Names may differ by the prefixes that wrappers add (`module.`, `_orig_mod.`).
-        Raises UserError naming the first mask whose weight is missing or has another shape.
+        Names may differ by the parts that wrappers add at any level (`module.`, `_orig_mod.` and others: `core/names.py`).
         """
-        parameters = {_unwrapped(name): parameter for name, parameter in model.named_parameters()}
+        parameters = dict(model.named_parameters(remove_duplicate=False))  # a tied weight may be masked under any of its names
+        found = naming.paired(self, parameters)
+        unfit, prunable_names = {}, _owned(model)
         for name, mask in self.items():
-            weight = parameters.get(_unwrapped(name))
-            if weight is None:
-                raise UserError(f"The model has no weight '{name}' for its mask. Its parameters: {', '.join(parameters)}.")
-            if weight.shape != mask.shape:
-                raise UserError(f"Mask '{name}' must be shaped like its weight {tuple(weight.shape)}, got {tuple(mask.shape)}.")
-        for name, mask in self.items():
-            weight = parameters[_unwrapped(name)]
-            weight.mul_(mask.to(weight.device, weight.dtype))
+            if name not in found:
+                alike = [other for other in prunable_names if parameters[other].shape == mask.shape]
+                near = naming.nearest(name, alike or prunable_names or parameters) or alike
+                unfit[name] = f"The model has no weight '{name}' for its mask." + (f" Nearest: {naming.some(near)}." if near else "")
+            elif (shape := parameters[found[name]].shape) != mask.shape:
+                unfit[name] = f"Mask '{name}' must be shaped like its weight {tuple(shape)}, got {tuple(mask.shape)}."
+        pairs = {name: other for name, other in found.items() if name not in unfit}
+        masked = {id(parameters[other]) for other in found.values()}
+        return Match(type(model).__name__, pairs, unfit, tuple(name for name in prunable_names if id(parameters[name]) not in masked))
+
+    @torch.no_grad()
+    def apply_(self, model: nn.Module, *, strict: bool = True) -> nn.Module:
+        """Set the removed weights of `model` to zero, in place, and return it. `match(model)` says beforehand what fits.
+
+        Names may differ by the parts that wrappers add (`module.`, `_orig_mod.`). Prunable weights without a mask stay as they are.
+        Raises UserError, with the model as it was, naming the masks whose weights are missing or have another shape; with `strict=False`
+        those are left out with a warning, and UserError is raised only if no mask has a weight.
+        """
+        match = self.match(model)
+        match.check(strict=strict)
+        if match.unfit:
+            warnings.warn(f"{len(match.pairs)} of {len(self)} masks are applied. {match.summary()}", stacklevel=2)
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        for name, other in match.pairs.items():
+            weight = parameters[other]
+            weight.mul_(self[name].to(weight.device, weight.dtype))
         return model
 
     def save(self, path: str | Path, **metadata: Any) -> Path:
-        """Write a safetensors file of bool tensors. `metadata` goes in as JSON beside sparsity and the kept weights of each layer."""
-        facts = {"format": "distprune.masks/1", "sparsity": self.sparsity, "kept": self.kept, "total": self.total, "layers": self.counts}
+        """Write a safetensors file of bool tensors or, to a name that ends in `.parquet`, a table with a bit a weight (`core/packed.py`).
+
+        `metadata` goes in as JSON beside sparsity and the kept weights of each layer. Raises UserError for Parquet without pyarrow.
+        """
+        facts = {"format": packed.FORMAT, "sparsity": self.sparsity, "kept": self.kept, "total": self.total, "layers": self.counts}
         text = {key: json.dumps(value) for key, value in {**facts, **metadata}.items()}
         path = Path(path)
         aside = path.with_name(f".{path.name}.{os.getpid()}")  # readers see a whole file or none
-        save_file({name: mask.cpu().contiguous() for name, mask in self.items()}, str(aside), metadata=text)
+        if path.suffix == ".parquet":
+            packed.write(aside, self, text)
+        else:
+            save_file({name: mask.cpu().contiguous() for name, mask in self.items()}, str(aside), metadata=text)
         os.replace(aside, path)
         return path
 
     @classmethod
     def load(cls, path: str | Path) -> "Masks":
-        """Read a file written by `save`. Raises UserError if it is not one."""
+        """Read a file written by `save`, of either form. Raises UserError if it is not one, or is damaged."""
         try:
-            with safe_open(str(path), framework="pt") as file:
-                names = json.loads((file.metadata() or {}).get("layers", "[]")) or file.keys()
-                tensors = {name: file.get_tensor(name) for name in names}
-        except Exception as error:  # safetensors raises its own and OS errors
-            raise UserError(f"{path} is not a readable safetensors file of masks: {error}.") from error
-        if wrong := [name for name, tensor in tensors.items() if tensor.dtype != torch.bool]:
-            raise UserError(f"{path}: masks must be bool tensors, '{wrong[0]}' is {tensors[wrong[0]].dtype}.")
-        return cls(tensors)
+            with open(path, "rb") as file:
+                is_packed = file.read(len(packed.MAGIC)) == packed.MAGIC
+        except OSError as error:
+            raise UserError(
+                f"Cannot read masks from {path}: {error.strerror}. Give the path of a .safetensors or .parquet file."
+            ) from error
+        return cls(packed.read(Path(path)) if is_packed else _read_safetensors(path))
 
 
-def _unwrapped(name: str) -> str:
-    while name.startswith(_WRAPPERS):
-        name = name.split(".", 1)[1]
-    return name
+def _read_safetensors(path: str | Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            counts = json.loads((file.metadata() or {}).get("layers", "null"))
+            counts = dict.fromkeys(file.keys()) if counts is None else {name: int(count) for name, count in counts.items()}
+            if extra := set(file.keys()) - set(counts):
+                raise ValueError(f"it holds '{extra.pop()}', of which its header knows nothing")
+            tensors = {name: file.get_tensor(name) for name in counts}  # in the order that they were saved in
+    except Exception as error:  # safetensors raises its own and OS errors
+        raise UserError(f"{path} is not a readable safetensors file of masks: {' '.join(str(error).split())}.") from error
+    if wrong := [name for name, tensor in tensors.items() if tensor.dtype != torch.bool]:
+        raise UserError(f"{path}: masks must be bool tensors, '{wrong[0]}' is {tensors[wrong[0]].dtype}.")
+    for name, tensor in tensors.items():
+        raw = tensor.view(torch.uint8)
+        if bool((raw > 1).any()) or counts[name] not in (None, int(raw.sum(dtype=torch.int64))):
+            raise UserError(f"{path} is damaged: mask '{name}' does not keep the {counts[name]} weights of its header. Copy it again.")
+    return tensors
 
 
 def _weights(module: nn.Module) -> list[Tensor]:
     if isinstance(module, nn.MultiheadAttention):  # query, key and value are rows of one parameter, or three where their inputs differ
-        packed = (module.in_proj_weight, module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
-        return [weight for weight in packed if weight is not None]
+        projections = (module.in_proj_weight, module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
+        return [weight for weight in projections if weight is not None]
     return [module.weight] if isinstance(module, PRUNABLE) else []
+
+
+def _owned(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Name -> weight of the modules in PRUNABLE and of attention, trainable or not; a tied one comes once."""
+    owners = {id(weight) for module in model.modules() for weight in _weights(module)}
+    return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in owners}
 
 
 def prunable(model: nn.Module, *, include: Iterable[str] = ("*",), exclude: Iterable[str] = ()) -> dict[str, nn.Parameter]:
@@ -137,12 +208,7 @@ def prunable(model: nn.Module, *, include: Iterable[str] = ("*",), exclude: Iter
     Raises UserError if nothing is left.
     """
     include, exclude = tuple(include), tuple(exclude)
-    owners = {id(weight) for module in model.modules() for weight in _weights(module)}
-    found = {
-        name: parameter
-        for name, parameter in model.named_parameters()  # yields a tied parameter once
-        if id(parameter) in owners and parameter.requires_grad
-    }
+    found = {name: parameter for name, parameter in _owned(model).items() if parameter.requires_grad}
     if not found:
         kinds = ", ".join(kind.__name__ for kind in PRUNABLE)
         raise UserError(f"{type(model).__name__} must have trainable weights in one of {kinds} to be pruned, got none. Check the model.")

@@ -1,9 +1,13 @@
-"""`distprune.prune` and `distprune.shrink`: masks for a network of your own, and the smaller network, in one call each."""
+"""`distprune.prune`, `hold` and `shrink`: masks for a network of your own, training under them, and the smaller network, a call each."""
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from fnmatch import fnmatch
+from types import TracebackType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from distprune.core import registry
@@ -23,21 +27,23 @@ def prune(
     criterion: str | Mapping[str, Any] = "magnitude",
     allocator: str | Mapping[str, Any] | None = None,
     granularity: str | Mapping[str, Any] = "weight",
-    batches: Iterable[tuple[Tensor, Tensor]] | None = None,
+    batches: Iterable[tuple[Tensor, Tensor]] | tuple[Tensor, Tensor] | None = None,
     loss: Callable[[Tensor, Tensor], Tensor] = nn.functional.cross_entropy,
-    include: Iterable[str] = ("*",),
-    exclude: Iterable[str] = (),
+    include: str | Iterable[str] = ("*",),
+    exclude: str | Iterable[str] = (),
     steps: int | None = None,
     seed: int = 0,
 ) -> Masks:
     """Masks that remove a share `sparsity` of a network's prunable weights; the network is left as it is.
 
-    `batches` are (inputs, targets) pairs on the model's device, for criteria and granularities that look at data or at the shape of an
-    input; `loss` takes (outputs, targets). `allocator` is global by default, or what the granularity asks for; `steps` is the number of
-    exponential steps, by default the criterion's own.
-    Raises UserError for an unknown name, an infeasible budget, a missing batch or a network without prunable weights.
+    `batches` are (inputs, targets) pairs, or one such pair, for criteria and granularities that look at data or at the shape of an input: a
+    list or a DataLoader, of which no more is read than is needed. They are moved to the model's device. `loss` takes (outputs, targets).
+    `allocator` is global by default, or what the granularity asks for; `steps` is the number of exponential steps, by default the
+    criterion's own; `include` and `exclude` are shell patterns over parameter names, such as "head.*".
+    Raises UserError for an unknown name, a pattern that matches nothing, an infeasible budget, a missing batch or a network that has no
+    prunable weights.
 
-    >>> masks = prune(model, criterion="snip", sparsity=0.9, batches=batches)
+    >>> masks = prune(model, criterion="snip", sparsity=0.9, batches=loader)
     >>> masks.apply_(model)
     """
     criterion_choice = registry.criterion.read(criterion, "criterion")
@@ -45,17 +51,21 @@ def prune(
     allocator_choice = registry.allocator.read(allocator or granularity_choice.entry.facts["allocator"] or "global", "allocator")
     for problem in mismatches(criterion_choice, allocator_choice, granularity_choice, sparsity).values():
         raise UserError(problem)
-    given = list(batches) if batches is not None else []
-    weights = prunable(model, include=include, exclude=exclude)
+    if not isinstance(model, nn.Module):
+        raise UserError(f"model must be a torch.nn.Module, got {type(model).__name__}. Build the network first.")
+    weights = prunable(model, include=_patterns(model, include, "include"), exclude=_patterns(model, exclude, "exclude"))
+    pairs = _pairs(batches, next(iter(weights.values())).device)
+    first = next(pairs, None)
+    task = GivenBatches(itertools.chain([first], pairs), loss) if first is not None else None
 
     def example() -> Tensor:
-        if not given:
+        if task is None:
             raise UserError(f"granularity '{granularity_choice.name}' runs the network: pass batches=..., or granularity='weight'.")
-        return given[0][0][:1]
+        return task.example()
 
     return choose_masks(
         model,
-        GivenBatches(given, loss) if given else None,
+        task,
         Masks.ones(weights),
         sparsity=sparsity,
         criterion=criterion_choice,
@@ -64,6 +74,94 @@ def prune(
         steps=steps or criterion_choice.entry.facts["steps"],
         seed=seed,
     )
+
+
+def _patterns(model: nn.Module, given: str | Iterable[str], where: str) -> tuple[str, ...]:
+    """Patterns that each match a prunable weight: one that does not would leave in silence what it was to name."""
+    patterns, names = (given,) if isinstance(given, str) else tuple(given), list(prunable(model))
+    for pattern in patterns:
+        if not any(fnmatch(name, pattern) for name in names):
+            raise UserError(
+                f"{where} must hold patterns of parameter names, and '{pattern}' matches none of {', '.join(names)}. "
+                f"For the weights of a module write '{pattern}.*'."
+            )
+    return patterns
+
+
+def _pairs(batches: Iterable[Any] | None, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches as they are asked for, on `device`."""
+    if isinstance(batches, tuple | list) and len(batches) == 2 and all(isinstance(part, Tensor) for part in batches):
+        batches = [batches]  # one pair
+    for batch in batches if batches is not None else ():
+        if not (isinstance(batch, tuple | list) and len(batch) == 2 and isinstance(batch[0], Tensor)):
+            got = f"{len(batch)} parts" if isinstance(batch, tuple | list) else type(batch).__name__
+            raise UserError(f"Each of batches must be a pair of tensors, (inputs, targets), got {got}. Write batches=[(inputs, targets)].")
+        inputs, targets = batch
+        yield inputs.to(device), targets.to(device) if isinstance(targets, Tensor) else targets
+
+
+class Held:
+    """Masks that are held through the steps of an optimizer, until `release` or, as a context manager, to the end of its block."""
+
+    def __init__(self, model: nn.Module, masks: Masks, optimizer: torch.optim.Optimizer) -> None:
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        masks.apply_(model)
+        trained = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
+        pairs = masks.match(model).pairs
+        if not any(id(parameters[name]) in trained for name in pairs.values()):
+            raise UserError(
+                "The optimizer must train weights that have masks, got one that trains none of them. Build it from the same network: "
+                "torch.optim.SGD(model.parameters(), lr=0.1)."
+            )
+        self._weights = [parameters[name] for name in pairs.values()]
+        self._masks = [masks[mask].to(weight.device, weight.dtype) for mask, weight in zip(pairs, self._weights, strict=True)]
+        self._optimizer = optimizer
+        self._zero()  # of a network that was trained before, the optimizer's memory would move what is removed
+        self._hooks = [
+            optimizer.register_step_pre_hook(lambda *step: self._mask_gradients()),
+            optimizer.register_step_post_hook(lambda *step: self._zero()),
+        ]
+
+    @torch.no_grad()
+    def _mask_gradients(self) -> None:
+        found = [(weight.grad, mask) for weight, mask in zip(self._weights, self._masks, strict=True) if weight.grad is not None]
+        if found:
+            torch._foreach_mul_([gradient for gradient, _ in found], [mask for _, mask in found])
+
+    @torch.no_grad()
+    def _zero(self) -> None:
+        """Removed weights and all that the optimizer remembers of them."""
+        tensors, masks = list[Tensor](self._weights), list(self._masks)
+        for weight, mask in zip(self._weights, self._masks, strict=True):
+            for value in self._optimizer.state.get(weight, {}).values():
+                if isinstance(value, Tensor) and value.shape == weight.shape and value.is_floating_point():
+                    tensors.append(value)
+                    masks.append(mask)
+        torch._foreach_mul_(tensors, masks)
+
+    def release(self) -> None:
+        """Let the optimizer train all weights again."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def __enter__(self) -> "Held":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.release()
+
+
+def hold(model: nn.Module, masks: Masks, optimizer: torch.optim.Optimizer) -> Held:
+    """Put masks on a network and keep its removed weights at zero, exactly, through every step of an optimizer of torch's kind.
+
+    Masking the weights once is not enough: momentum and weight decay bring them back. Before each step the gradients are masked, after it
+    the weights and the optimizer's memory. To be called again after `load_state_dict`, `to` or another optimizer.
+    Raises UserError for masks of another network, and for an optimizer that trains none of the masked weights.
+
+    >>> with hold(model, prune(model, sparsity=0.9), optimizer):
+    ...     train(model, optimizer)
+    """
+    return Held(model, masks, optimizer)
 
 
 def shrink(model: nn.Module, masks: Masks, example: Tensor) -> nn.Module:
@@ -76,6 +174,7 @@ def shrink(model: nn.Module, masks: Masks, example: Tensor) -> nn.Module:
     >>> small = shrink(model, prune(model, granularity="filter", sparsity=0.7, batches=batches), example)
     """
     sparse = masks.apply_(copy.deepcopy(model))
+    masks = Masks({name: masks[mask] for mask, name in masks.match(sparse).pairs.items()})  # under the names that wrappers give
     weights = {name: weight for name, weight in prunable(sparse).items() if name in masks}
     units: Units = registry.granularity.choose("filter")(Network(sparse, weights, lambda: example))
     kept = units.alive(masks)

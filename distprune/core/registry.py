@@ -219,7 +219,8 @@ decay = Table("decay", "distprune.core.decays")
 # values_only: options that set initial values and nothing else; an export has its own values.
 model = Table("model", "distprune.core.models", values_only=())
 # files: what a choice reads, as a function of it: paths of files, which need not be there. None where only its function knows.
-data = Table("data", "distprune.core.data", files=None)
+# content: what tells the images of a choice from others that its options would fit too, as a function of it; keys depend on it.
+data = Table("data", "distprune.core.data", files=None, content=None)
 # measured: it is measured on networks, where others are functions of how many weights are kept.
 cost = Table("cost", "distprune.core.costs", measured=False)
 PARAMS = Choice("cost", "params")

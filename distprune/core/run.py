@@ -189,6 +189,8 @@ def root_key(recipe: Recipe, device: torch.device, threads: int | None = None, r
     """
     counted: dict[str, Any] = {"sparsity_of": recipe.sparsity_of} if recipe.sparsity_of != PARAMS else {}
     counted |= {"ranks": ranks} if ranks > 1 else {}
+    content = recipe.data.entry.facts["content"]
+    counted |= {"content": content(recipe.data)} if content else {}
     return digest(
         {
             **counted,

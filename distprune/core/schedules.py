@@ -8,6 +8,9 @@ from distprune.errors import UserError
 def rounds(sparsity: float, *, share: float) -> list[float]:
     """Sparsity after each round when every round removes `share` of what is left; the last is clipped to the target.
 
+    Formula:
+        s_i = min(1 - (1 - share)^i, sparsity),   i = 1, 2, ...
+
     Geometric rounds (Han et al. 2015; Frankle & Carbin 2019). Two targets share their rounds up to the nearer one.
 
     >>> rounds(0.5, share=0.2)
@@ -24,12 +27,20 @@ def rounds(sparsity: float, *, share: float) -> list[float]:
 
 
 def cubic(initial: float, final: float, progress: float) -> float:
-    """s = s_f + (s_i - s_f) (1 - t)^3 with t the progress in [0, 1] (Zhu & Gupta 2017, arXiv:1710.01878, eq. 1)."""
+    """Fast at first, when there is much to remove (Zhu & Gupta 2017, arXiv:1710.01878, eq. 1).
+
+    Formula:
+        s(t) = final + (initial - final) (1 - t)^3,   t the progress in [0, 1]
+    """
     return final + (initial - final) * (1 - min(max(progress, 0.0), 1.0)) ** 3
 
 
 def exponential(initial: float, final: float, progress: float) -> float:
-    """Density falls by the same factor at every step (Tanaka et al. 2020, arXiv:2006.05467, algorithm 1; de Jorge et al. 2021)."""
+    """Density falls by the same factor at every step (Tanaka et al. 2020, arXiv:2006.05467, algorithm 1; de Jorge et al. 2021).
+
+    Formula:
+        1 - s(t) = (1 - initial)^(1 - t) (1 - final)^t,   t the progress in [0, 1]
+    """
     if progress >= 1:
         return final
     return 1 - (1 - initial) * math.exp(progress * math.log((1 - final) / (1 - initial)))

@@ -23,6 +23,8 @@ class Kind:
 
     rows: Mapping[str, Tensor]  # test.safetensors
     metrics: Mapping[str, Any]  # of the test split, for the manifest
+    validation: Mapping[str, float]
+    inputs: Mapping[str, Any]  # how inputs in bytes become what the network takes: mean and std of each channel
     functions: str  # of model.py, besides build()
     compare: str  # the middle of check.py: from `network` and `test` to `differ` and `line`
     same: Callable[[Mapping[str, Any], nn.Module, Mapping[str, Tensor]], bool]  # of the names in model.py, its network, and the rows
@@ -53,6 +55,8 @@ def _classification(task: Classification, model: nn.Module) -> Kind:
     return Kind(
         rows,
         {"accuracy": (predictions == test.labels.cpu()).double().mean().item(), "images": len(test), "written": count},
+        task.metrics(model, "validation"),
+        {"mean": list(mean), "std": list(std)},
         "def prepare(inputs: torch.Tensor) -> torch.Tensor:\n"
         '    """Images as bytes, [n, channels, height, width], to what the network takes; floats are that already."""\n'
         "    if inputs.is_floating_point():\n"
@@ -82,6 +86,8 @@ def _inverse(task: Inverse, model: nn.Module) -> Kind:
     return Kind(
         {"inputs": given, "image": image, **measured},
         task.metrics(model, "test"),
+        task.metrics(model, "validation"),
+        {},
         "def image(outputs: torch.Tensor) -> torch.Tensor:\n"
         '    """The image, [1, channels, height, width], that the network makes out of its one input."""\n'
         f"    return {made}.view({tuple(task.truth.shape)})\n",

@@ -1,4 +1,4 @@
-"""What is registered, in words: for `distprune list`, and as the page docs/framework.md, which is generated from the tables."""
+"""What is registered, in words: for `distprune list`, and as the page docs/framework.md."""
 
 import importlib
 from collections.abc import Iterator
@@ -8,12 +8,26 @@ import distprune
 from distprune.core import registry
 from distprune.core.options import REQUIRED, Choices, LogRange, Option, PerLayer, Range
 from distprune.core.registry import Entry, Table
+from distprune.report.prose import table, text
 
 PAGE = "docs/framework.md"
+# Table -> page of the manual.
+PLURALS = {"criterion": "criteria", "granularity": "granularities", "decay": "schedules", "data": "data"} | {
+    name: f"{name}s"
+    for name in ("paradigm", "allocator", "regularizer", "optimizer", "task", "cost", "model", "sampler", "scheduler", "format", "logger")
+}
+# The survey's branches, in its order.
+BRANCHES = (
+    "none",
+    "after training",
+    "while training",
+    "sparse training, static, post-selected",
+    "sparse training, static, pre-selected",
+    "sparse training, dynamic",
+    "sparse selection",
+)
 _TABLES = ("criterion", "granularity", "allocator", "regularizer", "task", "model", "optimizer", "sampler")
 _HEAD = """# The framework
-
-Generated from the tables by `python -m distprune.report.framework`; a test compares the two.
 
 Every pruning algorithm is three choices (Wang et al. 2022, arXiv:2103.06460): where the **mask** comes from, where the **values** of
 what is kept come from, and what is done **afterwards**. With w(k) the weights after k of K training steps:
@@ -23,13 +37,13 @@ what is kept come from, and what is done **afterwards**. With w(k) the weights a
     w* = f3(m * w'; data)       the rest of the plan trains them, or does nothing
 
 A **paradigm** is a function that returns these as a list of stages; the criterion, the granularity, the allocator and the regularizer are
-separate choices, and each row below is a point of one search space.
-"""
+separate choices, and each row below is a point of one search space."""
 
 
 def tables() -> dict[str, Table]:
-    """Every table by its name, those of the search room included."""
+    """Every table by its name, those of the search and export rooms included."""
     importlib.import_module("distprune.search.tables")
+    importlib.import_module("distprune.export.tables")
     return registry.TABLES
 
 
@@ -39,7 +53,7 @@ def described(entry: Entry) -> Iterator[tuple[str, str]]:
         yield "options", ", ".join(_option(option) for option in entry.options.values())
     if entry.paper:
         yield "paper", entry.paper
-    yield "file", _short(entry.file)
+    yield "file", short(entry.file)
 
 
 def _option(option: Option) -> str:
@@ -59,64 +73,34 @@ def _range(option: Option) -> str:
     return f" (searched: {' | '.join(map(str, option.values))})"
 
 
-def _short(path: Path) -> str:
+def short(path: Path) -> str:
+    """A file from the root of the repository; one outside of it as it is."""
     root = Path(distprune.__file__).parent.parent
     return str(path.relative_to(root)) if path.is_relative_to(root) else str(path)
 
 
 def page() -> str:
     """The page docs/framework.md."""
-    paradigms = sorted(registry.paradigm, key=lambda entry: (_BRANCHES.index(entry.facts["branch"]), entry.name))
-    lines = [_HEAD, "## The taxonomy in one picture", "", "```mermaid", *_picture(paradigms), "```"]
-    lines += ["", "## The paradigms in one table", ""]
-    lines += [
-        _row(["branch", "paradigm", "mask from (f1)", "values from (f2)", "afterwards (f3)", "granularity", "paper"]),
-        "|---" * 7 + "|",
-    ]
-    for entry in paradigms:
+    blocks = [_HEAD, "## The taxonomy in one picture", "![The paradigms as leaves of the survey's tree](figures/taxonomy.svg)"]
+    rows = []
+    for entry in paradigms():
         facts = entry.facts
-        cells = [facts["branch"], f"`{entry.name}`", facts["mask"], facts["values"], facts["after"]]
-        cells += [", ".join(facts["granularities"]) or ("any" if "sparsity" in facts["uses"] else ""), entry.paper]
-        lines.append(_row(cells))
+        cells = [facts["branch"], _link(entry), facts["mask"], facts["values"], facts["after"]]
+        rows.append([*cells, ", ".join(facts["granularities"]) or ("any" if "sparsity" in facts["uses"] else ""), text(entry.paper)])
+    head = ["branch", "paradigm", "mask from (f1)", "values from (f2)", "afterwards (f3)", "granularity", "paper"]
+    blocks += ["## The paradigms in one table", table(head, rows)]
     for axis in _TABLES:
-        lines += ["", f"## {axis.capitalize()}", "", "| name | what | options | paper |", "|---|---|---|---|"]
-        for entry in tables()[axis]:
-            options = dict(described(entry)).get("options", "")
-            lines.append(_row([f"`{entry.name}`", entry.summary, options, entry.paper]))
-    return "\n".join(lines) + "\n"
+        rows = [
+            [_link(entry), text(entry.summary), dict(described(entry)).get("options", ""), text(entry.paper)] for entry in tables()[axis]
+        ]
+        blocks += [f"## {axis.capitalize()}", table(["name", "what", "options", "paper"], rows)]
+    return "\n\n".join(blocks) + "\n"
 
 
-def _row(cells: list[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+def paradigms() -> list[Entry]:
+    """All paradigms in the order of their branches."""
+    return sorted(registry.paradigm, key=lambda entry: (BRANCHES.index(entry.facts["branch"]), entry.name))
 
 
-_BRANCHES = (
-    "none",
-    "after training",
-    "while training",
-    "sparse training, static, post-selected",
-    "sparse training, static, pre-selected",
-    "sparse training, dynamic",
-    "sparse selection",
-)
-
-
-def _picture(paradigms: list[Entry]) -> Iterator[str]:
-    """A tree: the survey's two questions, its branches, and the paradigms as leaves."""
-    yield "graph LR"
-    yield '  all["pruning"] --> pat["mask from a trained network, or on the way there"]'
-    yield '  all --> pai["pruning at initialization: the kept values come from the start"]'
-    yield '  pai --> train["sparse training: weights are trained under masks"]'
-    yield '  train --> static["static masks"]'
-    parents = {"sparse selection": "pai", "sparse training, dynamic": "train"}
-    for index, branch in enumerate(_BRANCHES[1:], 1):
-        names = [entry.name for entry in paradigms if entry.facts["branch"] == branch]
-        parent = parents.get(branch, "static" if "static" in branch else "pat")
-        yield f'  {parent} --> b{index}["{branch.split(", ")[-1]}"]'
-        yield f'  b{index} --> l{index}["{"<br/>".join(names)}"]'
-
-
-if __name__ == "__main__":
-    target = Path(distprune.__file__).parent.parent / PAGE
-    target.parent.mkdir(exist_ok=True)
-    target.write_text(page())
+def _link(entry: Entry) -> str:
+    return f"[`{entry.name}`](methods/{PLURALS[entry.table]}.md#{entry.name})"

@@ -68,6 +68,7 @@ def connect(address: str | None) -> None:
         ray.shutdown()
     use_token()
     if address is None:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing of a search here is told to anybody
         options: dict[str, Any] = {"address": "local", "include_dashboard": False, "num_cpus": os.cpu_count()}
         if os.environ.get("RAY_AUTH_MODE") in (None, "token") and not (os.environ.get("RAY_AUTH_TOKEN") or _token_file()):
             _make_token()  # else Ray writes one, for all to read, into the home folder

@@ -16,6 +16,7 @@ from distprune.core.recipe import Recipe
 from distprune.core.registry import Choice
 from distprune.errors import UserError
 from distprune.search import tables
+from distprune.search.loggers import read_loggers
 from distprune.store import place
 from distprune.store.address import check_address
 from distprune.store.copies import here
@@ -249,6 +250,7 @@ class Search:
     rounds: bool = True  # whether networks at the ends of a trial's rounds, which the cache has, are trials of their own
     storage: str = "runs"  # folder of run folders, or a URL such as s3://bucket/runs
     study: str | None = None  # URL of the database that keeps the truth about trials; by default study.journal in the run folder
+    log: tuple[Choice, ...] = ()  # where reports are shown besides: tensorboard, mlflow, wandb
 
     @classmethod
     def read(cls, value: Any, where: str = "search") -> "Search":
@@ -257,7 +259,7 @@ class Search:
         if isinstance(value, Mapping) and value.get("study") is not None:
             check_address(value["study"], f"{where}.study")  # before anything else could repeat a password that is written there
         several: dict[str, Any] = {}
-        for key, read in (("minimize", read_costs), ("budget", read_budgets)) if isinstance(value, Mapping) else ():
+        for key, read in (("minimize", read_costs), ("budget", read_budgets), ("log", read_loggers)) if isinstance(value, Mapping) else ():
             if key in plain:
                 several[key] = read(plain.pop(key), f"{where}.{key}")
         search = cls(**read_fields(cls, plain, where), **several)
@@ -298,6 +300,7 @@ class Search:
         plain |= {"sampler": self.sampler.plain(), "scheduler": self.scheduler.plain()}
         plain |= {"start": [dict(setting) for setting in self.start], "learn_from": list(self.learn_from)}
         plain["cache"] = False if self.cache is None else dataclasses.asdict(self.cache)
+        plain["log"] = [choice.plain() for choice in self.log]
         plain["finalists"] = self.finalists and dataclasses.asdict(self.finalists)
         budgets = [budget.plain() for budget in self.budget]
         plain |= {"minimize": [cost.plain() for cost in self.minimize], "budget": budgets[0] if len(budgets) == 1 else budgets or None}

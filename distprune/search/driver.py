@@ -25,6 +25,8 @@ from distprune.search.entry import Assignment
 from distprune.search.finale import close_tables, finalize, write_table
 from distprune.search.goals import Goals
 from distprune.search.learned import as_trials
+from distprune.search.log import Log
+from distprune.search.loggers import check_loggers
 from distprune.search.more import Ask, More
 from distprune.search.order import Order
 from distprune.search.proposer import Proposer
@@ -70,6 +72,7 @@ def start(search: Search, *, engine: Engine, listen: Listener) -> RunFolder:
     listen("checking", {"search": search})
     setup = set_up(search)
     check_cache(search)
+    check_loggers(search.log)
     check_study(search, study := new_study(search), folder, begun=False)
     engine.open(search)
     folder.create()
@@ -87,7 +90,7 @@ def simulate(search: Search, *, recorded: Recorded, workers: int | None, listen:
     workers = search.workers.most or SIMULATED_WORKERS if workers is None else workers
     if workers < 1:
         raise UserError(f"workers must be at least 1, got {workers}.")
-    search = replace(search, study=None)  # thousands of trials that nobody shares
+    search = replace(search, study=None, log=())  # thousands of trials that nobody shares
     check_storage(search)
     folder = RunFolder(search.folder, search.url)
     folder.check_new()
@@ -120,6 +123,7 @@ def resume(path: str | Path, *, limits: Mapping[str, Any], engine: Engine, liste
         listen("checking", {"search": search})
         setup = set_up(search, learned=folder.learned)
         check_cache(search)
+        check_loggers(search.log)
         check_study(search, facts, folder, begun=folder.reports.exists())
         engine.open(search)
         if limits:
@@ -188,7 +192,9 @@ def _run(
     if damage:
         listen("damaged", {"message": damage})
     started, driver = clock(), uuid.uuid4().hex
-    with telling(functools.partial(tell_waiting, listen)), telling(folder.say_full), ReportWriter(folder.reports) as reports:
+    waiting = functools.partial(tell_waiting, listen)
+    log = Log(search.log, folder, listen)
+    with telling(waiting), telling(folder.say_full), log, ReportWriter(folder.reports) as reports:
         book = Book(
             goals=goals,
             proposer=_proposer(setup, goals),
@@ -208,9 +214,11 @@ def _run(
         mirror.begin()
         retention = Retention(folder, book, limit=search.limits.disk if trains else None, listen=listen, later=mirror.later)
         disk = Disk(folder, search.limits.free, retention, listen)
-        book.on_report, book.holds = retention.heard, lambda: disk.holds() or ("full" if mirror.waits else "")
+        book.on_report, book.holds = _both(retention.heard, log.heard), lambda: disk.holds() or ("full" if mirror.waits else "")
+        log.begin(book, rows)
         retention.sweep()
         write_table(folder, book)
+        ended = _Ended(folder, book, retention, log)
         try:
 
             def job(assignment: Assignment) -> Job:
@@ -218,19 +226,20 @@ def _run(
 
             def draw() -> None:
                 mirror.check()
+                log.check()
                 listen("progress", book.summary())
                 book.prepare()
 
             if book.has_work:
                 listen("running", {"setup": setup, "found": found, "folder": folder})
-                engine.run(search, book, job, _Ended(folder, book, retention), draw)
+                engine.run(search, book, job, ended, draw)
             book.settle()
             if book.has_rounds:
-                engine.run(search, book, job, _Ended(folder, book, retention), draw)
+                engine.run(search, book, job, ended, draw)
                 book.settle()
             if repeats := book.open_finale():
                 listen("finalists", {"repeats": repeats})
-                engine.run(search, book, job, _Ended(folder, book, retention), draw)
+                engine.run(search, book, job, ended, draw)
         except BaseException:
             truth.hurry()
             with suppress(Exception):  # what cannot be told now, the next driver tells
@@ -240,6 +249,14 @@ def _run(
         book.settle()
         retention.sweep()
     return book
+
+
+def _both(first: Callable[[Mapping[str, Any]], None], second: Callable[[Mapping[str, Any]], None]) -> Callable[[Mapping[str, Any]], None]:
+    def heard(row: Mapping[str, Any]) -> None:
+        first(row)
+        second(row)
+
+    return heard
 
 
 def _device(search: Search) -> str:
@@ -291,11 +308,12 @@ def _proposer(setup: Setup, goals: Goals) -> Proposer:
 class _Ended:
     """What happens when a trial was told: its checkpoints go, and now and then the table of trials is written."""
 
-    def __init__(self, folder: RunFolder, book: Book, retention: Retention) -> None:
-        self._folder, self._book, self._retention = folder, book, retention
+    def __init__(self, folder: RunFolder, book: Book, retention: Retention, log: Log) -> None:
+        self._folder, self._book, self._retention, self._log = folder, book, retention, log
         self._next = time.monotonic() + TABLE_EVERY_S
 
     def __call__(self, number: int) -> None:
+        self._log.ended(number)
         self._retention.sweep(number)
         if (begun := time.monotonic()) > self._next:
             write_table(self._folder, self._book)

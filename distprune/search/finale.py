@@ -66,6 +66,12 @@ def _facts(path: Path) -> dict[str, str]:
         return dict(file.metadata())
 
 
+def keeps_weights(folder: RunFolder, number: int) -> bool:
+    """Whether a trial's network can be loaded."""
+    with answering(folder.place):
+        return any(True for _ in checkpoints_at(folder.place).held(number).farthest_first())
+
+
 def load_trial(folder: RunFolder, number: int, recipe: dict[str, Any], *, device: str = "cpu") -> Run:
     """A trial's network as its latest checkpoint holds it. Raises UserError if none is left."""
     from distprune.core.recipe import Recipe

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from distprune.core.executor import execute
 from distprune.core.masks import Masks
 from distprune.core.recipe import Recipe
 from distprune.core.run import Run, prepare
@@ -25,7 +26,7 @@ from distprune.search.trial import Job, Memory, run_trial
 from distprune.store.checkpoints import checkpoints_at
 from distprune.store.folder import RunFolder
 from distprune.store.reports import read
-from distprune.store.trials import read_trials
+from distprune.store.trials import FAILED, read_trials
 
 COMPARED = ("step", "cost", "sparsity", "kept", "objective", "rung", "score", "final", "ended", "metrics")  # columns of a report
 
@@ -80,6 +81,34 @@ def replay(
     """
     folder = RunFolder.existing(path)
     folder.check_real("replayed")
+    return _again(folder, trial, device, listen, network=False)[0]
+
+
+def rebuilt(
+    path: str | Path, trial: int, *, device: str | None = None, listen: Callable[[str, dict[str, Any]], None] = lambda event, facts: None
+) -> tuple[Run, Replay]:
+    """The network of a trial that has kept no weights, as it was at its last report, and how that came out against the record.
+
+    `device` is as for `replay`, and the processor where there is no GPU. Raises UserError for a trial that failed, and for what cannot be
+    replayed.
+    """
+    folder = RunFolder.existing(path)
+    folder.check_real("exported")
+    for row in read_trials(folder.trials, columns=["number", "ended", "reason"]).to_pylist():
+        if row["number"] == trial and row["ended"] in FAILED:
+            raise UserError(
+                f"Trial {trial} has no network to export: it ended with '{row['ended']}' ({row['reason']}). Choose another trial."
+            )
+    outcome, run = _again(folder, trial, device or (None if torch.cuda.is_available() else "cpu"), listen, network=True)
+    if run is None:
+        raise UserError(f"Trial {trial} could not be made again: {' '.join(outcome.lines())}. Choose another trial.")
+    return run, outcome
+
+
+def _again(
+    folder: RunFolder, trial: int, device: str | None, listen: Callable[[str, dict[str, Any]], None], *, network: bool
+) -> tuple[Replay, Run | None]:
+    """A trial run again up to its last report: how it came out and, if that is asked for, its `network`; None where it ended before."""
     facts = read_facts(folder)
     recorded = _recorded(folder, trial)
     search = Search.read(facts["search"])
@@ -91,22 +120,25 @@ def replay(
         job = job_of(search, fresh, facts["rungs"], Assignment(trial, recipe, 0, judged=judged))
         recorded_device = job.device
         job = dataclasses.replace(job, device=device or job.device, cache=None)  # nothing that was computed before
-        ready = prepare(recipe, device=job.device)  # what cannot be done here is said before anything is compared
+        # What cannot be done here is said before anything is compared.
+        ready = prepare(recipe, device=job.device, report_every=job.report_every)
         found: list[Row] = []
         try:
             for row in _run(job, recorded):
                 found.append(row)
                 listen("replayed", {"row": row, "share": len(found) / len(recorded)})
+            wanted = network or (recorded[-1]["final"] and folder.masks_file(trial).exists())
+            reached = wanted and len(found) == len(recorded) and _reach(fresh, trial, ready, len(recorded))
         finally:
             torch.set_num_threads(threads)
             os.chdir(here)
-        masks = _masks(folder, fresh, trial, ready) if recorded[-1]["final"] else None
+        masks = _masks(folder, trial, ready if reached else None) if recorded[-1]["final"] else None
     surroundings = {name: (str(old), str(new)) for name, old, new in _changed(facts["environment"], environment())}
     if recorded_device != job.device:
         surroundings["device"] = (recorded_device, job.device)
     if job.ranks > 1:  # whose sums round otherwise, and draw their own noise
         surroundings["ranks"] = (str(job.ranks), "1")
-    return Replay(trial, len(recorded), tuple(_differences(recorded, found)), masks, surroundings)
+    return Replay(trial, len(recorded), tuple(_differences(recorded, found)), masks, surroundings), ready if reached else None
 
 
 def _run(job: Job, recorded: Sequence[Row]) -> Iterator[Row]:
@@ -173,16 +205,27 @@ def _equal(a: Any, b: Any) -> bool:
     return bool(a == b) or (a != a and b != b)  # nan is nan
 
 
-def _masks(folder: RunFolder, fresh: RunFolder, trial: int, ready: Run) -> bool | None:
-    """Whether the replayed trial keeps the weights that the recorded one keeps."""
-    if not folder.masks_file(trial).exists():
-        return None
+def _reach(fresh: RunFolder, trial: int, ready: Run, reports: int) -> bool:
+    """Bring a prepared run to where the replayed trial was after that many reports: from its latest checkpoint on."""
     store = checkpoints_at(fresh.place)
     for checkpoint in store.held(trial).farthest_first():
         with store.reading(trial, checkpoint) as path:
-            ready.state.load(path)
-        return Masks.load(folder.masks_file(trial)).equal(ready.state.masks.to("cpu"))
-    return False  # it ended before it had any
+            memory = ready.state.load(path).get("memory") or {}
+        ready.env.task.micro_batch = memory.get("micro_batch")
+        break
+    if ready.state.reports < reports:
+        with closing(execute(ready.plan, ready.state, ready.env)) as work:
+            for _ in work:
+                if ready.state.reports == reports:
+                    break
+    return ready.state.reports == reports
+
+
+def _masks(folder: RunFolder, trial: int, ready: Run | None) -> bool | None:
+    """Whether the replayed trial keeps the weights that the recorded one keeps."""
+    if not folder.masks_file(trial).exists():
+        return None
+    return ready is not None and Masks.load(folder.masks_file(trial)).equal(ready.state.masks.to("cpu"))
 
 
 def _changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:

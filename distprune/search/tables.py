@@ -20,3 +20,5 @@ sampler = Table(
     learns=False,
 )
 scheduler = Table("scheduler", "distprune.search.rungs")
+# packages: that have to be installed; show: the command that shows what lies in `folder`.
+logger = Table("logger", "distprune.search.loggers", packages=(), show="")

@@ -47,9 +47,12 @@ def _append(path: str | Path, data: bytes, sync: bool) -> None:
         os.close(descriptor)
 
 
-def publish(path: str | Path, data: bytes) -> None:
-    """Replace a file at once: readers see the old content or the new one, never a part."""
-    patiently(path, lambda: _publish(Path(path), data))
+def publish(path: str | Path, data: bytes, *, wait: bool = True) -> None:
+    """Replace a file at once: readers see the old content or the new one, never a part. Without `wait`, a full disk is an OSError."""
+    if wait:
+        patiently(path, lambda: _publish(Path(path), data))
+    else:
+        _publish(Path(path), data)
 
 
 def _publish(path: Path, data: bytes) -> None:

@@ -144,6 +144,19 @@ class RunFolder:
         return self.path / "trials.parquet"
 
     @property
+    def report_html(self) -> Path:
+        """The page about the search."""
+        return self.path / "report.html"
+
+    @property
+    def driver(self) -> int | None:
+        """The process that drives the search, or did last, perhaps on another machine; None where none has."""
+        try:
+            return int((self.path / ".lock").read_text())
+        except (OSError, ValueError):
+            return None
+
+    @property
     def full(self) -> Path:
         """Its time of change is when somebody who had to write found the disk, or the user's share of it, full."""
         return self.path / ".full"

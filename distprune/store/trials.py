@@ -71,8 +71,9 @@ def write_trials(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
 def read_trials(path: str | Path, *, columns: Sequence[str] | None = None) -> pa.Table:
     """The table, or some of its columns; those that an earlier version did not write are empty."""
     wanted = SCHEMA.names if columns is None else list(columns)
-    there = set(pq.read_schema(path).names)
-    table = pq.read_table(path, columns=[name for name in wanted if name in there])
+    data = pa.py_buffer(Path(path).read_bytes())  # opened once: the driver of a running search replaces the file
+    there = set(pq.read_schema(pa.BufferReader(data)).names)
+    table = pq.read_table(pa.BufferReader(data), columns=[name for name in wanted if name in there])
     for name in wanted:
         if name not in there:
             table = table.append_column(SCHEMA.field(name), pa.nulls(table.num_rows, SCHEMA.field(name).type))

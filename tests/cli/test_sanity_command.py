@@ -129,7 +129,7 @@ def test_masks_of_another_network(exported: Path, tmp_path: Path, capsys: pytest
     (copy / "masks.safetensors").write_text("damaged")
     assert "is not a readable safetensors file of masks" in _error(capsys, str(copy))
     (copy / "masks.safetensors").unlink()
-    assert "is not a readable safetensors file of masks" in _error(capsys, str(copy))
+    assert "Cannot read masks from" in _error(capsys, str(copy))
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"recipe": {}, "metrics": {"validation": {}}}'])

@@ -1,5 +1,6 @@
 """Masks, prunable weights, FLOPs and layer collapse."""
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from torch import nn
 import distprune as dp
 from distprune.core.masks import Masks, prunable
 from distprune.core.metrics import collapsed, flops, layer_flops
+from distprune.core.names import paired, unwrapped
 from distprune.errors import UserError
 
 
@@ -59,24 +61,140 @@ def test_files_that_are_not_masks_are_refused(tmp_path: Path) -> None:
     save_file({"a": torch.ones(2)}, str(tmp_path / "y"))
     with pytest.raises(UserError, match="masks must be bool tensors, 'a' is torch.float32"):
         Masks.load(tmp_path / "y")
+    for path in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(UserError, match=f"Cannot read masks from {path}: "):
+            Masks.load(path)
 
 
-@pytest.mark.parametrize("wrap", [lambda model: model, nn.DataParallel, torch.compile])
-def test_apply_finds_weights_behind_wrappers(wrap: object) -> None:
+def test_a_damaged_file_of_masks_is_refused(tmp_path: Path) -> None:
+    """Any weight that is kept or removed against the header's counts, any byte that is no bool, any tensor too many."""
+    path, raw = tmp_path / "m.safetensors", b""
+    masks = Masks({"a": torch.tensor([True, False, True]), "b": torch.zeros(2, 2, dtype=torch.bool)})
+    raw = masks.save(path).read_bytes()
+    start = 8 + int.from_bytes(raw[:8], "little")
+    for place in range(start, len(raw)):
+        for value in {0, 1, 2} - {raw[place]}:
+            path.write_bytes(raw[:place] + bytes([value]) + raw[place + 1 :])
+            with pytest.raises(UserError, match=r"is damaged: mask '[ab]' does not keep the [02] weights of its header"):
+                Masks.load(path)
+    save_file({"a": masks["a"], "b": masks["b"]}, str(path), metadata={"layers": '{"a": 2}'})
+    with pytest.raises(UserError, match="it holds 'b', of which its header knows nothing"):
+        Masks.load(path)
+    save_file({"a": masks["a"]}, str(path))
+    assert Masks.load(path).counts == {"a": 2}, "without a header, whoever wrote it is believed"
+
+
+class Wrapped(nn.Module):
+    """A wrapper that adds a part of its own to names, and calls what is in it."""
+
+    def __init__(self, part: str, inner: nn.Module) -> None:
+        super().__init__()
+        self.part = part
+        self.add_module(part, inner)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.get_submodule(self.part)(x)
+
+
+def _compiled_inside(model: nn.Sequential) -> nn.Module:
+    model[4] = torch.compile(model[4])
+    return nn.DataParallel(model)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda model: model,
+        nn.DataParallel,
+        torch.compile,
+        lambda model: nn.DataParallel(torch.compile(model)),
+        torch.optim.swa_utils.AveragedModel,
+        _compiled_inside,
+        lambda model: Wrapped("_fsdp_wrapped_module", nn.Sequential(*model[:4], Wrapped("_checkpoint_wrapped_module", model[4]))),
+    ],
+)
+def test_apply_finds_weights_behind_wrappers_at_any_level(wrap: object) -> None:
+    """The one-liner sets the same weights to zero behind any wrapper, and masks made behind it fit the network without it."""
     model = _net()
-    masks = _masks(model)
-    masks.apply_(wrap(model))  # type: ignore[operator]
-    assert all(not dict(model.named_parameters())[name][~mask].any() for name, mask in masks.items())
+    masks, bare = _masks(model), copy.deepcopy(model)
+    wrapped = wrap(model)  # type: ignore[operator]
+    owned = [value for name, value in wrapped.named_parameters() if name.endswith("weight") and value.dim() > 1]
+    before = [value.detach().clone() for value in owned]
+    assert masks.apply_(wrapped) is wrapped
+    assert len(owned) == 2
+    for value, old, mask in zip(owned, before, masks.values(), strict=True):
+        assert torch.equal(value, old * mask) and bool((value != old).any())
+    made = dp.prune(wrapped, sparsity=0.5)
+    assert made.match(bare).pairs == dict(zip(made, ["0.weight", "4.weight"], strict=True)) and not made.match(bare).unmasked
+
+
+def test_channels_are_taken_out_behind_wrappers_too() -> None:
+    model, inputs = _net().eval(), torch.randn(2, 1, 4, 4)
+    masks = dp.prune(model, sparsity=0.5, granularity="filter", batches=[(inputs, torch.zeros(2, dtype=torch.long))])
+    small = dp.shrink(nn.DataParallel(model), masks, inputs[:1])
+    assert small.module[0].weight.shape == (1, 1, 3, 3)
+    torch.testing.assert_close(small(inputs), masks.apply_(model)(inputs))
+
+
+def test_a_network_may_have_modules_that_are_called_like_wrappers() -> None:
+    """Names that are equal without such parts are told apart by the number of parts; where that cannot be done, none is guessed."""
+
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.module = nn.Linear(2, 2), nn.ModuleDict({"a": nn.Linear(2, 2)})
+
+    masks = Masks({"a.weight": torch.eye(2).bool(), "module.a.weight": ~torch.eye(2).bool()})
+    assert masks.match(Own()).pairs == {"a.weight": "a.weight", "module.a.weight": "module.a.weight"}
+    assert masks.match(nn.DataParallel(Own())).pairs == {"a.weight": "module.a.weight", "module.a.weight": "module.module.a.weight"}
+    one = Masks({"_orig_mod.a.weight": torch.eye(2).bool()})
+    with pytest.raises(UserError, match="At least one of 1 masks must have its weight in Own, none has."):
+        one.apply_(Own())
+    assert paired([], ["a"]) == {} and unwrapped("module._orig_mod.modules.module_a.weight") == "modules.module_a.weight"
+
+
+def test_a_tied_weight_is_masked_under_any_of_its_names() -> None:
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.ReLU(), nn.Linear(4, 4, bias=False))
+    model[2].weight = model[0].weight
+    masks = Masks({"2.weight": torch.eye(4).bool()})
+    assert masks.match(model).unmasked == ()
+    masks.apply_(model)
+    assert torch.equal(model[0].weight != 0, torch.eye(4).bool())
+
+
+def _whole(*names: str) -> Masks:
+    shapes = {"0.weight": (2, 1, 3, 3), "4.weight": (3, 32)}
+    return Masks({name: torch.zeros(shapes.get(name, (3, 32)), dtype=torch.bool) for name in names})
 
 
 def test_apply_says_what_does_not_match_and_changes_nothing() -> None:
-    model, before = _net(), None
-    before = model[4].weight.detach().clone()
-    with pytest.raises(UserError, match="no weight 'other.weight' for its mask"):
-        Masks({"4.weight": torch.zeros(3, 32, dtype=torch.bool), "other.weight": torch.ones(2, dtype=torch.bool)}).apply_(model)
+    model = _net()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(UserError, match="no weight 'head.weight' for its mask. Nearest: '4.weight'. Prunable weights without a mask: '0.w"):
+        _whole("4.weight", "head.weight").apply_(model)
     with pytest.raises(UserError, match=r"Mask '4.weight' must be shaped like its weight \(3, 32\), got \(2,\)"):
-        Masks({"4.weight": torch.ones(2, dtype=torch.bool)}).apply_(model)
-    assert torch.equal(model[4].weight, before)
+        Masks({"0.weight": _whole("0.weight")["0.weight"], "4.weight": torch.ones(2, dtype=torch.bool)}).apply_(model)
+    with pytest.raises(UserError, match="1 more masks have no weight of their name and shape: 'b'"):
+        _whole("0.weight", "a", "b").apply_(model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_what_matches_can_be_applied_alone_and_the_rest_is_said() -> None:
+    model = _net()
+    first = model[0].weight.detach().clone()
+    with pytest.warns(UserWarning, match="1 of 2 masks are applied. The model has no weight 'x.weight' for its mask. Nearest: '4.weight'"):
+        _whole("4.weight", "x.weight").apply_(model, strict=False)
+    assert not model[4].weight.any() and torch.equal(model[0].weight, first)
+    match = _whole("4.weight", "x.weight").match(model)
+    assert match.pairs == {"4.weight": "4.weight"} and list(match.unfit) == ["x.weight"] and match.unmasked == ("0.weight",)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("names", [(), ("features.0.weight",), ("classifier.weight", "stem.weight")])
+def test_no_match_at_all_is_always_an_error(names: tuple[str, ...], strict: bool) -> None:
+    """A mask that silently prunes nothing is the worst of outcomes."""
+    with pytest.raises(UserError, match=f"At least one of {len(names)} masks must have its weight in Sequential, none has"):
+        _whole(*names).apply_(_net(), strict=strict)
 
 
 def test_flops_by_hand() -> None:

@@ -22,7 +22,7 @@ from distprune.core.stages import Prune, SetWeights, Snapshot, Train
 from distprune.core.state import State
 from distprune.core.tasks.given import GivenBatches
 from distprune.errors import UserError
-from distprune.export.network import export
+from distprune.export.writing import export
 
 # The edge of chaos.
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from distprune.core.edits.shrink import FewerHeads, shrink
+from distprune.core.edits.resize import FewerHeads
+from distprune.core.edits.shrink import shrink
 from distprune.core.granularity.coupling import Group, Part, _heads, coupled
 from distprune.core.masks import prunable
 from distprune.errors import UserError

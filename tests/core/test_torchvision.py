@@ -61,5 +61,13 @@ def test_a_trained_network_is_exported_and_read_without_distprune(arch: str, gra
             "train": {"length": "1it", "batch_size": 8},
         }
     )
-    done = check_alone(outcome.export(tmp_path / "out"))
+    done = check_alone(folder := outcome.export(tmp_path / "out"))
     assert done.returncode == 0 and "0 predictions differ" in done.stdout, done.stderr
+    uncalled = arch == "swin_t"  # its attention reads the weights of layers that it does not call, and torch's pruning acts in the call
+    export = dp.open_export(folder)
+    assert list(export.manifest["left_out"]) == ["torch"] * uncalled and ("torch" in export.formats) == (not uncalled)
+    assert any("torch: left out. It cannot hold this network" in line for line in export.lines()) == uncalled
+    if uncalled:
+        with pytest.raises(dp.UserError, match=r"Format torch must answer as the network does .* Leave torch out\."):
+            outcome.export(tmp_path / "named", formats=["torch"])
+        assert not (tmp_path / "named").exists()

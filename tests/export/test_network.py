@@ -78,7 +78,7 @@ def test_a_full_folder_is_not_overwritten(tmp_path: Path) -> None:
 def test_every_models_source_stands_alone(name: str) -> None:
     import inspect
 
-    from distprune.export.network import standalone
+    from distprune.export.code import standalone
 
     source = standalone(inspect.getsource(inspect.getmodule(registry.model.get(name).function)))  # type: ignore[arg-type]
     assert "distprune" not in "".join(line for line in source.splitlines() if "import" in line)

@@ -22,6 +22,9 @@ def constrained_rl(
 ) -> dict[str, int]:
     """A layer keeps `keep` of its units where that is the budget, else in proportion to it; a layer without a ratio is whole.
 
+    Formula:
+        k_l = round(keep_l n_l)  where these are the budget, else  d_l ~ keep_l
+
     In a search with a budget the sparsity is derived from the ratios, so the recipe's own is the first case; the rounds of an iterative
     paradigm on the way there are the second.
     """

@@ -13,6 +13,10 @@ from distprune.core.registry import allocator
 def lamp(layers: Sequence[Layer], kept: int, scores: Mapping[str, Tensor] | None, alive: Mapping[str, Tensor] | None) -> dict[str, int]:
     """Counts from one ranking of s_u^2 / sum of s_v^2 over the v ranked at or above u in its layer (the paper has s = |w|).
 
+    Formula:
+        a(u) = s_u^2 / sum over v with s_v >= s_u in its layer of s_v^2
+        k_l = how many of the K largest a lie in layer l
+
     Scores that can be negative (GraSP) are shifted to start at zero in each layer. The best weight of a layer has 1: none collapses.
     """
     assert scores is not None

@@ -24,6 +24,9 @@ def per_layer(
 ) -> dict[str, int]:
     """Density of a layer in proportion to its share, normalised so that the budget is met exactly. A layer without a share has 1.
 
+    Formula:
+        d_l ~ shares_l,  at most 1
+
     `shares` is by names of layers or shell patterns, `{"stage1.*": 0.25, "stage3.*": 0.68}`: a layer takes the share of its name, or of the
     longest pattern that fits it.
     """
@@ -50,5 +53,9 @@ def power(
     size: Annotated[float, Range(-1.0, 0.5)] = -0.5,
     depth: Annotated[float, Range(-2.0, 2.0)] = 0.0,
 ) -> dict[str, int]:
-    """Density in proportion to size^`size` * (1 + position)^`depth`, position 0 for the first layer and 1 for the last."""
+    """Density in proportion to size^`size` * (1 + position)^`depth`, position 0 for the first layer and 1 for the last.
+
+    Formula:
+        d_l ~ (weights of layer l)^size (1 + position_l)^depth,  at most 1
+    """
     return proportional([math.prod(layer.shape) ** size * (1 + layer.depth) ** depth for layer in layers], layers, kept)

@@ -12,7 +12,11 @@ from distprune.core.registry import allocator
 def smart_ratio(
     layers: Sequence[Layer], kept: int, scores: Mapping[str, Tensor] | None, alive: Mapping[str, Tensor] | None, *, head: float = 0.3
 ) -> dict[str, int]:
-    """Density in proportion to (L - l + 1)^2 + (L - l + 1) for layer l of L, and `head` in the last layer where the budget allows it."""
+    """Density in proportion to (L - l + 1)^2 + (L - l + 1) for layer l of L, and `head` in the last layer where the budget allows it.
+
+    Formula:
+        d_l ~ (L - l + 1)^2 + (L - l + 1),  l = 1 .. L - 1;   d_L = head
+    """
     last, rest = layers[-1], layers[:-1]
     depth = len(layers)
     falling = [float((depth - i) ** 2 + (depth - i)) for i in range(len(rest))]

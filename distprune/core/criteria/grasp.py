@@ -16,6 +16,10 @@ from distprune.core.scoring import Probe
 def grasp(probe: Probe, *, batches: Annotated[int, Range(1, 4)] = 1, temperature: float = 200.0, loss: Loss = "task") -> dict[str, Tensor]:
     """w * Hg: how much the gradient's norm falls when the weight goes. The paper removes the largest -w * Hg, so this is kept largest.
 
+    Formula:
+        s(w) = w (H g),   g = dL(z / temperature)/dw,   H = d^2 L(z / temperature)/dw^2,   z the logits
+        s(unit) = sum s(w)
+
     H is the Hessian and g the gradient of the loss at logits / temperature, summed over the same batches, as in the authors' code.
     """
     of = probe.task.loss_of if loss == "task" else probe.task.nll_of

@@ -23,6 +23,9 @@ from distprune.errors import UserError
 def obd_fisher(probe: Probe, *, batches: Annotated[int, Range(1, 4)] = 1) -> dict[str, Tensor]:
     """h w^2 / 2 with h the mean of g^2 over samples, g the gradient of one sample's loss; in eval mode.
 
+    Formula:
+        s(w) = h w^2 / 2,   h = mean over samples x of (dL(x)/dw)^2,   s(unit) = sum s(w)
+
     Every sample has its own backward pass: the square of a batch's mean gradient is something else, and near a minimum next to nothing.
     """
     probe.model.eval()
@@ -55,6 +58,9 @@ def _samples(batch: Any) -> list[Any]:
 )
 def obd_hutchinson(probe: Probe, *, batches: Annotated[int, Range(1, 4)] = 1, probes: int = 4) -> dict[str, Tensor]:
     """h w^2 / 2 with h the Hessian's diagonal, estimated as the mean of z * Hz over `probes` random signs z a batch; in eval mode.
+
+    Formula:
+        s(w) = h w^2 / 2,   h = max(0, mean of z (H z)),  z of random signs,   s(unit) = sum s(w)
 
     A negative estimate counts as 0: at a minimum, and in a ReLU network everywhere, the true diagonal is not negative.
     """

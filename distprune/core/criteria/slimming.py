@@ -10,7 +10,11 @@ from distprune.errors import UserError
 
 @criterion("slimming", paper="Liu et al. 2017, arXiv:1708.06519, section 3", of_units=True)
 def slimming(probe: Probe) -> dict[str, Tensor]:
-    """|gamma| of a channel's batch normalisation, the mean over those that it goes through."""
+    """|gamma| of a channel's batch normalisation, the mean over those that it goes through.
+
+    Formula:
+        s(channel) = mean |gamma|  over its batch normalisations
+    """
     parameters = dict(probe.model.named_parameters())
     scores = {}
     for group in probe.units.channels:

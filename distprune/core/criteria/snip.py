@@ -15,6 +15,9 @@ Loss = Literal["task", "nll_logits"]  # what is differentiated: the task's own l
 def snip(probe: Probe, *, batches: Annotated[int, Range(1, 4)] = 1, loss: Loss = "task") -> dict[str, Tensor]:
     """Connection sensitivity |w dL/dw|, the gradient taken under the masks and averaged over batches.
 
+    Formula:
+        s(w) = |w dL/dw|,   s(unit) = sum s(w)
+
     `loss: nll_logits` is what FORCE's authors differentiate: minus the logit of the label, though they train with cross-entropy.
     """
 

@@ -11,6 +11,10 @@ from distprune.core.scoring import Probe
 def synflow(probe: Probe) -> dict[str, Tensor]:
     """|w dR/dw| with R the summed output of the network with absolute weights on an input of ones; no data, 100 steps.
 
+    Formula:
+        R = sum f_|w|(1),   s(w) = |w dR/dw|,   s(unit) = sum s(w)
+        density after step t of 100 = (1 - sparsity)^(t / 100)
+
     In float64, as R overflows on deep networks, and in eval mode with absolute buffers, as the authors do. Batch norm that keeps no
     statistics has those of an untrained one: with a batch's own, it would subtract the whole signal.
     """

@@ -19,6 +19,9 @@ Term = tuple[nn.Parameter, int, Tensor]  # a parameter and where the units lie i
 def taylor(probe: Probe, *, batches: Annotated[int, Range(1, 4)] = 1) -> dict[str, Tensor]:
     """(w dL/dw)^2, the mean over batches of the squares; a unit has the sum of its weights' scores.
 
+    Formula:
+        s(w) = mean over batches of (w dL/dw)^2,   s(unit) = sum s(w)
+
     The paper's other form (eq. 8), the square of the sum over a filter, says nothing where batch normalisation follows: the loss does not
     change with the scale of a filter, so that w dL/dw sums to zero over it. For that form take taylor_gates, whose gates come after it.
     """
@@ -32,6 +35,9 @@ def taylor(probe: Probe, *, batches: Annotated[int, Range(1, 4)] = 1) -> dict[st
 @criterion("taylor_gates", paper="Molchanov et al. 2019, arXiv:1906.10771, eq. 10", passes=1, of_units=True)
 def taylor_gates(probe: Probe, *, batches: Annotated[int, Range(1, 4)] = 1) -> dict[str, Tensor]:
     """(dL/dz)^2 of a gate z = 1 that multiplies a channel, the mean over batches of the squares.
+
+    Formula:
+        s(channel) = mean over batches of (dL/dz)^2 / n,   z = 1 the gate, in n places
 
     The gate stands after the batch norms of the channel; where there are none, on the outputs of the layers that make it, and for heads of
     attention on their values. A gate in n places is one: its square is divided by n, as the authors do for skip connections.

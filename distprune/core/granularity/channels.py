@@ -21,13 +21,21 @@ if TYPE_CHECKING:
 
 @granularity("filter", paper="Li et al. 2017, arXiv:1608.08710; coupling: Fang et al. 2023, arXiv:2301.12900", channels=True)
 def filter(network: Network) -> Units:
-    """Output channels and heads, scored by the weights that make them; what reads a removed channel goes with it."""
+    """Output channels and heads, scored by the weights that make them; what reads a removed channel goes with it.
+
+    Formula:
+        unit = W[o, ...] of each layer that makes channel o and V[:, o, ...] of each that reads it,  scored by W
+    """
     return Channels(network, "produces")
 
 
 @granularity("channel", paper="He et al. 2017, arXiv:1707.06168; coupling: Fang et al. 2023, arXiv:2301.12900", channels=True)
 def channel(network: Network) -> Units:
-    """The same units as `filter`, scored by the weights that read them."""
+    """The same units as `filter`, scored by the weights that read them.
+
+    Formula:
+        unit = W[o, ...] of each layer that makes channel o and V[:, o, ...] of each that reads it,  scored by V
+    """
     return Channels(network, "consumes")
 
 

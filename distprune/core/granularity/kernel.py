@@ -13,7 +13,11 @@ from distprune.core.units import Network, Reduction, Units
 
 @granularity("kernel", paper="Mao et al. 2017, arXiv:1705.08922")
 def kernel(network: Network) -> Units:
-    """The kernel between one input and one output channel of a convolution is a unit; in linear layers every weight is."""
+    """The kernel between one input and one output channel of a convolution is a unit; in linear layers every weight is.
+
+    Formula:
+        unit = W[o, i, :, :]
+    """
     return Kernels(network.weights)
 
 

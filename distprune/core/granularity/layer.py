@@ -21,7 +21,11 @@ _NAME = "layers"  # of the one layer of units
     "layer", paper="Wen et al. 2016, arXiv:1608.03665, depth-wise sparsity; Huang & Wang 2018, arXiv:1707.01213", allocator="global"
 )
 def layer(network: Network) -> Units:
-    """A layer that the network can do without, together with all that only it feeds: a residual branch, most often."""
+    """A layer that the network can do without, together with all that only it feeds: a residual branch, most often.
+
+    Formula:
+        unit = a layer and those that fall silent without it
+    """
     return Blocks(network)
 
 

@@ -22,6 +22,9 @@ from distprune.errors import UserError
 def n_m(network: Network, *, n: int = 2, m: int = 4) -> "Pattern":
     """At most `n` of every `m` consecutive inputs of an output are kept, input channels first and kernel positions after them.
 
+    Formula:
+        kept of W[o, j m], ..., W[o, j m + m - 1] <= n,   sparsity = 1 - n / m
+
     Rows whose length m does not divide end in a shorter piece of r, which keeps n * r / m of them, rounded down; a row shorter than m at
     least one. On the way to its target a schedule passes through n' of m with n' > n.
     """

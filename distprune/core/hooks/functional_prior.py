@@ -157,6 +157,10 @@ def functional_prior(
 ) -> Hook:
     """L2 with a coefficient for each layer from a prior over weights whose functions are like those of a Gaussian process.
 
+    Formula:
+        L(w) + sum over layers l of c_l / 2 * ||w_l||^2,   c_l = strength fan_in_l E[1 / sigma_l^2] / N
+        sigma = argmin W1(f under N(0, sigma_l^2 / fan_in_l), f of the Gaussian process),   N the training samples
+
     The process has two numbers for all layers: `amplitude`, its standard deviation, and `lengthscale` in units of the root of twice the
     number of inputs; `spread` makes it hierarchical. `strength` 1 is Bayes' rule; less is a colder posterior, as with more weights than
     samples the single likeliest network has weights near zero. The paper's sizes are iterations 200, functions 128, points 100,

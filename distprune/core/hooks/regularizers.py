@@ -51,24 +51,40 @@ class GrowingPenalty(Hook):
 
 @regularizer("none")
 def none() -> None:
-    """No penalty besides the optimizer's weight decay."""
+    """No penalty besides the optimizer's weight decay.
+
+    Formula:
+        L(w)
+    """
 
 
 @regularizer("l2")
 def l2(*, strength: Annotated[float, LogRange(1e-6, 1e-2)] = 1e-4) -> Hook:
-    """strength / 2 * w^2 on the prunable weights."""
+    """strength / 2 * w^2 on the prunable weights.
+
+    Formula:
+        L(w) + strength / 2 * sum w^2
+    """
     return Penalty(norm=2, strength=strength)
 
 
 @regularizer("l1", paper="Tibshirani 1996; Han et al. 2015, arXiv:1506.02626")
 def l1(*, strength: Annotated[float, LogRange(1e-6, 1e-3)] = 1e-5) -> Hook:
-    """strength * |w| on the prunable weights."""
+    """strength * |w| on the prunable weights.
+
+    Formula:
+        L(w) + strength * sum |w|
+    """
     return Penalty(norm=1, strength=strength)
 
 
 @regularizer("growing_l2", paper="Wang et al. 2021, arXiv:2012.09243: the growth, on all weights", grows=True)
 def growing_l2(*, step: Annotated[float, LogRange(1e-6, 1e-4)] = 1e-5, every: int = 10, ceiling: float = 1.0) -> Hook:
-    """An L2 penalty that grows by `step` every `every` steps up to `ceiling`."""
+    """An L2 penalty that grows by `step` every `every` steps up to `ceiling`.
+
+    Formula:
+        L(w) + lambda / 2 * sum w^2,   lambda = min(ceiling, step * floor(t / every))
+    """
     if every < 1:
         raise UserError(f"regularizer.every must be at least 1, got {every}. Write 10.")
     return GrowingPenalty(step_size=step, every=every, ceiling=ceiling)

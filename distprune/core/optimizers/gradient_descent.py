@@ -21,7 +21,11 @@ def sgd(
     weight_decay: float = 5e-4,
     nesterov: bool = True,
 ) -> torch.optim.Optimizer:
-    """SGD with momentum."""
+    """SGD with momentum.
+
+    Formula:
+        g = dL/dw + weight_decay w,   v <- momentum v + g,   w <- w - lr (g + momentum v)      nesterov; else lr v
+    """
     return torch.optim.SGD(parameters, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov and momentum > 0, fused=True)
 
 
@@ -34,5 +38,10 @@ def adamw(
     beta1: float = 0.9,
     beta2: float = 0.999,
 ) -> torch.optim.Optimizer:
-    """Adam with decoupled weight decay."""
+    """Adam with decoupled weight decay.
+
+    Formula:
+        m <- beta1 m + (1 - beta1) g,   v <- beta2 v + (1 - beta2) g^2
+        w <- (1 - lr weight_decay) w - lr m' / (sqrt(v') + 1e-8),   m', v' without their bias to the start
+    """
     return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, betas=(beta1, beta2), fused=True)

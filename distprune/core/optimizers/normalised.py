@@ -14,6 +14,9 @@ from distprune.core.registry import optimizer
 def normalised_gd(parameters: Iterable[nn.Parameter], *, lr: Annotated[float, LogRange(1e-2, 1e-1)] = 0.03) -> torch.optim.Optimizer:
     """Steps of length `lr` along the gradient over all parameters: the path of gradient flow, without its plateaus.
 
+    Formula:
+        w <- w - lr g / ||g||
+
     Made for full batches, train.batch_size being the number of training points. Where the gradient is zero it stands still.
     """
     return NormalisedGD(parameters, {"lr": lr})

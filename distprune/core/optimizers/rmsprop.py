@@ -19,5 +19,9 @@ def rmsprop(
     momentum: float = 0.0,
     weight_decay: float = 0.0,
 ) -> torch.optim.Optimizer:
-    """Gradients over the root of the mean of their squares, which forgets at the rate 1 - `alpha`."""
+    """Gradients over the root of the mean of their squares, which forgets at the rate 1 - `alpha`.
+
+    Formula:
+        v <- alpha v + (1 - alpha) g^2,   w <- w - lr g / (sqrt(v) + 1e-8)      momentum on the step where it is above 0
+    """
     return torch.optim.RMSprop(parameters, lr=lr, alpha=alpha, momentum=momentum, weight_decay=weight_decay)

@@ -24,6 +24,10 @@ def sghmc(
 ) -> torch.optim.Optimizer:
     """Samples of exp(-U / temperature), U the number of training samples times the loss, with `weight_decay` the precision of the prior.
 
+    Formula:
+        p <- (1 - friction) p - lr^2 M^-1 dU/dw / temperature + N(0, 2 lr^2 friction M^-1 - lr^4),   w <- w + p
+        M = sqrt(moving mean of the squared gradients)
+
     Preconditioned in each weight by a moving average of squared gradients, adapted in the first `burn` steps. A prior of variance s^2 is a
     weight decay of 1 / (samples s^2). Decay `constant` keeps it sampling. A chain that diverges
     needs a lower `lr`, or a longer `burn`: what is adapted while gradients are small fits ill where they are large.

@@ -39,6 +39,11 @@ def finetune(
 ) -> Plan:
     """Train, then remove a share of what is left and fine-tune for `tune`, until the target; share 1 is one-shot.
 
+    Formula:
+        density after round i = max((1 - share)^i, 1 - sparsity)
+        m  = top(score(w)),  w = w(K) in the first round
+        w* = train(m * w, K - tune..K)        rate: last is train(m * w, K..K + tune) at the rate of step K
+
     `rate: replay` fine-tunes with the last part of the learning-rate schedule that is as long as `tune`; `last` stays at the last rate.
     `weights: compensate` first fits what is kept to what each layer computed before, on `batches` batches.
     """
@@ -64,7 +69,12 @@ def finetune(
     after="training",
 )
 def scratch(recipe: Recipe) -> Plan:
-    """Train, prune, draw the kept weights anew, train again: does the structure alone do it?"""
+    """Train, prune, draw the kept weights anew, train again: does the structure alone do it?
+
+    Formula:
+        m  = top(score(w(K)))
+        w* = train(m * w', 0..K),  w' a fresh draw of the network
+    """
     length = recipe.train.length
     return Plan(
         [recipe.training(until=length), recipe.prune(recipe.sparsity), SetWeights(policy="reinit"), recipe.training(since=0, until=length)]

@@ -14,5 +14,10 @@ from distprune.core.registry import paradigm
     after="training",
 )
 def at_init(recipe: Recipe) -> Plan:
-    """Prune the untrained network, then train under fixed masks: SNIP, GraSP, SynFlow, random and magnitude by their criterion."""
+    """Prune the untrained network, then train under fixed masks: SNIP, GraSP, SynFlow, random and magnitude by their criterion.
+
+    Formula:
+        m  = top(score(w(0)))
+        w* = train(m * w(0), 0..K)
+    """
     return Plan([recipe.prune(recipe.sparsity), recipe.training(until=recipe.train.length)])

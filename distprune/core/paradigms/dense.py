@@ -7,5 +7,9 @@ from distprune.core.registry import paradigm
 
 @paradigm("dense", uses=(), branch="none", mask="none", values="init", after="training")
 def dense(recipe: Recipe) -> Plan:
-    """Train, prune nothing."""
+    """Train, prune nothing.
+
+    Formula:
+        w* = train(w(0), 0..K)
+    """
     return Plan([recipe.training(until=recipe.train.length)])

@@ -36,7 +36,12 @@ def gradual(
     end: Annotated[Length, Choices("50%", "75%")] = "75%",
     updates: Annotated[int, Range(5, 40)] = 20,
 ) -> Plan:
-    """Train once while sparsity rises along a cubic, in `updates` steps between `begin` and `end`."""
+    """Train once while sparsity rises along a cubic, in `updates` steps between `begin` and `end`.
+
+    Formula:
+        s(t) = sparsity (1 - (1 - t)^3),   t = (clock - begin + e) / (end - begin + e),  e steps from one update to the next
+        m   <- m * top(score(w)) of density 1 - s(t), at every update
+    """
     length = recipe.train.length
     check_span(begin, end, length, updates)
     hook = Gradual(

@@ -35,6 +35,11 @@ def set_(
 ) -> Plan:
     """Train sparse from random masks; drop a share of each layer's smallest weights and grow as many at random, until `end`.
 
+    Formula:
+        drop  the round(share n) smallest |w| of a layer's n kept weights
+        grow  as many of its missing weights, at random
+        decay: cosine has share / 2 (1 + cos(pi clock / end)) in the place of share
+
     Grown weights start at zero; the paper draws them anew.
     """
     hook = Regrow(**_span(recipe, share, end, updates), growth="random", share=share, decay=decay)
@@ -51,6 +56,11 @@ def rigl(
 ) -> Plan:
     """Train sparse from random masks; drop a share of each layer's smallest weights and grow as many where the gradient is largest.
 
+    Formula:
+        share(t) = share / 2 (1 + cos(pi t / end))
+        drop  the round(share(t) n) smallest |w| of a layer's n kept weights
+        grow  as many with the largest |dL/dw| of its missing weights, the gradient taken dense
+
     The share falls along a cosine until `end`.
     """
     return _from_random(recipe, recipe.sparsity, Regrow(**_span(recipe, share, end, updates), growth="gradient", share=share))
@@ -65,7 +75,13 @@ def snfs(
     end: Annotated[Length, Choices("75%")] = "75%",
     updates: Annotated[int, Range(5, 40)] = 20,
 ) -> Plan:
-    """As RigL with a smoothed gradient, which also moves weights to the layers where it is large."""
+    """As RigL with a smoothed gradient, which also moves weights to the layers where it is large.
+
+    Formula:
+        M  <- beta M + (1 - beta) dL/dw
+        drop  as RigL does
+        grow  in layer l  dropped * mean|M_l| / sum_k mean|M_k|  (means over kept weights), those of the largest |M|
+    """
     if not 0 <= beta < 1:
         raise UserError(f"paradigm.beta must be in [0, 1), got {beta}. Write 0.9; 0 takes the gradient as it is.")
     return _from_random(recipe, recipe.sparsity, RegrowByMomentum(**_span(recipe, share, end, updates), share=share, beta=beta))
@@ -81,6 +97,11 @@ def dsr(
     updates: Annotated[int, Range(5, 40)] = 20,
 ) -> Plan:
     """Train sparse from random masks; drop weights below one threshold for all layers, grow as many at random where most survive.
+
+    Formula:
+        drop  |w| < theta
+        grow  in layer l  dropped * survivors_l / survivors,  at random
+        theta <- 2 theta  if dropped < 0.9 share kept,   theta / 2  if dropped > 1.1 share kept
 
     The threshold doubles or halves towards dropping `share` of the kept weights at every update.
     """
@@ -99,6 +120,10 @@ def granet(
     updates: Annotated[int, Range(5, 40)] = 20,
 ) -> Plan:
     """Gradual pruning by global magnitude, from `initial` sparsity in random masks; after every step a share is regrown as in RigL.
+
+    Formula:
+        s(t) = sparsity + (initial - sparsity) (1 - t)^3      pruned by |w| over all layers
+        share(t) = share / 2 (1 + cos(pi t / end))           then dropped by |w| and regrown by |dL/dw| in each layer
 
     `initial: 0` starts dense, without a use for the allocator. An `initial` above the target is the target.
     """

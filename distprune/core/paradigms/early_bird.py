@@ -38,6 +38,11 @@ def early_bird(
 ) -> Plan:
     """Train until the masks drawn every `every` have settled, at most `until`; prune; rewind to the start and train in full.
 
+    Formula:
+        d(a, b) = |a xor b| / min(|a| + |b|, 2n - |a| - |b|),  |a| the kept of n weights
+        stop when d(newest, each of the last window - 1 masks) <= near
+        w* = train(m * w(0), 0..K)
+
     Settled: the newest of the last `window` masks is within `near` of the others, 0 for equal ones and 1 for the furthest possible.
     `weights: inherit` keeps the weights and trains on to the end of the schedule, as the paper does. Its masks are those of `by: slimming`
     at granularity filter with allocator global: channels by their batch-norm scales, under an L1 penalty of `strength` on these.

@@ -35,6 +35,11 @@ def eye_surgeon(
 ) -> Plan:
     """Learn by Adam a keeping probability for each frozen weight of the untrained network, keep the likeliest, then train them.
 
+    Formula:
+        min over p of  E L(w(0) * m) + strength * sum KL(Bern(sigmoid p) || Bern(1 - sparsity))
+        m = sigmoid((p + logistic noise) / temperature)
+        w* = train(top(p) * w(0), 0..K)
+
     `learn` steps at the constant `rate` come before the recipe's training and are billed besides. `strength` weighs the KL divergence of
     the probabilities from the budget's, summed over weights.
     """

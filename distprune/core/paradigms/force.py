@@ -35,6 +35,11 @@ def force(
 ) -> Plan:
     """Prune the untrained network to an exponentially falling density by SNIP's scores, taken anew under the mask of the step before.
 
+    Formula:
+        density after step t = (1 - sparsity)^(t / steps)
+        m_(t+1) = top(|w dL/dw|, with dL/dw at m_t * w)
+        w* = train(m * w(0), 0..K)
+
     `variant: force` ranks all weights by |w dL/dw| with the gradient at the masked network, so that a removed one may return;
     `iterative_snip` only those that are left. One step is SNIP. Then train under the mask. The paper's allocator is global; its weights are
     drawn with `init: kaiming`, N(0, 2 / fan_in), and its code differentiates `loss: nll_logits`.

@@ -35,6 +35,11 @@ def fusion(
 ) -> Plan:
     """Train for `deep`, then `layers` times replace two layers by their best affine map and retrain for `tune`: depth pruning.
 
+    Formula:
+        y = W2 a1 + b2,  a0 what enters the first layer, a1 what enters the second
+        W = W2 Cov(a1, a0) (Cov(a0) + ridge v I)^-1,   v the mean variance of a0
+        b = W2 E[a1] + b2 - W E[a0]
+
     `pick` is the pair that loses least, the `last` one, or one by name as in 'conv3+fc'; `form` is how its map is made (`Fuse`). Retraining
     takes the last part of the learning-rate schedule that is as long. The paper retrains for as long as it trained: `tune: 100%`.
     """

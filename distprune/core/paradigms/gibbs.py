@@ -49,6 +49,12 @@ def gibbs(
 ) -> Plan:
     """Train once, each step under a mask drawn from exp(-beta H), while beta rises over `anneal`; keep the best of the budget at the end.
 
+    Formula:
+        beta(t) = beta_start (beta_end / beta_start)^(t / anneal)
+        P(kept) = sigmoid(beta (w^2 - Q))                        weights; Q the quantile of w^2 that the budget cuts at
+        p(x) ~ exp(beta (sum_i (w_i^2 - Q) x_i + coupling sum_(i != j) x_i x_j)),  x = +1 kept, -1 removed       kernels
+        P(kept) = sigmoid(beta (w^2 - Q + coupling sum of x over the other half of the filter)),  in turn       filters
+
     beta and `coupling` are the paper's for the granularity, in 1/w^2 and w^2. Whether masks freeze by then depends on the scale of the
     weights, so searches take `temperature: median`, where both are in units of the median w^2 of each layer. The paper's allocator is
     uniform, and it keeps first and last layer dense: exclude them. Filters are drawn by `mcmc_steps` sweeps. Statistics of batch

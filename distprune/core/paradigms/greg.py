@@ -42,6 +42,11 @@ def greg(
 ) -> Plan:
     """Train; grow an L2 penalty on the units to be removed, at the fixed rate `lr`, until these are near zero; remove them, fine-tune.
 
+    Formula:
+        dL/dw + lambda w  on the units to go
+        lambda <- lambda + ceiling every / grow,  each `every` steps
+        stop when mean |w| of the kept / mean |w| of those to go >= ratio, or lambda > ceiling
+
     The penalty's coefficient grows every `every` steps and would be at `ceiling` after `grow`; with units of more than one weight it stops
     earlier, when those kept are `ratio` times as large as those to go. Then it stays for `stabilise` steps. `greg1` picks the units of the
     smallest mean |w| after training; `greg2` first lets the coefficient grow on all, ten times as slowly, to the share `pick` of the

@@ -30,6 +30,11 @@ def lth(
 ) -> Plan:
     """Train, remove a share of what is left, rewind, repeat until the target; the last round is clipped to it.
 
+    Formula:
+        density after round i = max((1 - share)^i, 1 - sparsity)
+        m_i = m_(i-1) * top(score(w_i(K)))
+        w_(i+1) = train(m_i * w(rewind_to), rewind_to..K)
+
     `weights: inherit` rewinds the learning rate only; `sign` goes back to the signs alone, with one size for all weights of a layer;
     `reinit` draws them anew and trains from the start: the control that a ticket has to beat.
     """

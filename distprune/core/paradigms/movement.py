@@ -35,6 +35,11 @@ def movement(
 ) -> Plan:
     """Train, then fine-tune for `tune` while weights that move towards zero are masked; the last share `settle` of it has fixed masks.
 
+    Formula:
+        S <- S - rate * w dL/dw_eff,  w_eff = m * w
+        hard:  m = top(S), density along the cubic of `gradual`
+        soft:  of these sigmoid(S) > threshold(t), never less than the budget;  L + strength(t) * sum sigmoid(S)
+
     Fine-tuning takes the last part of the learning-rate schedule that is as long. `rate` of the scores, `threshold` and `strength` of
     the penalty belong to `kind: soft`; hard masks depend on the order of scores alone.
     """

@@ -35,6 +35,10 @@ def slimming(
 ) -> Plan:
     """Train with an L1 penalty on the scales of batch normalisation, remove the channels of the smallest scales, fine-tune for `tune`.
 
+    Formula:
+        min L(w) + strength * sum |gamma|
+        m = top(|gamma|)
+
     Scales start at `scale`; the paper's allocator is global.
     """
     _check(strength=strength)
@@ -53,6 +57,10 @@ def ssl(
     tune: Annotated[Length, Choices("25%", "50%", "100%")] = "50%",
 ) -> Plan:
     """Train with a group lasso on the units of the granularity, remove the smallest by magnitude, fine-tune for `tune`.
+
+    Formula:
+        min L(w) + strength * sum over units sqrt(n) ||w_u||,  n the weights of unit u
+        step:  w_u <- max(0, 1 - lr * strength * sqrt(n) / ||w_u||) w_u
 
     The penalty makes units exactly zero, as many as `strength` says; the budget is met by pruning. Before batch normalisation the loss does
     not know how large a filter is: all shrink, few stay at zero. The paper starts from a trained network.
@@ -74,6 +82,10 @@ def admm(
     tune: Annotated[Length, Choices("25%", "50%", "100%")] = "50%",
 ) -> Plan:
     """Train, train on for `solve` while ADMM draws weights towards the budget, remove the smallest by magnitude, fine-tune for `tune`.
+
+    Formula:
+        min L(w) + rho / 2 ||w - Z + U||^2
+        Z <- the units of w + U with the largest norm,   U <- (U + w - Z) / g,   rho <- g rho,   g = growth^(1 / updates)
 
     Both take the last part of the learning-rate schedule that is as long. The projection is made `updates` times, while `rho` grows to
     `growth` times itself.

@@ -40,6 +40,10 @@ def posterior(
 ) -> Plan:
     """Train, draw `samples` networks from a chain around it, remove the weights of the smallest |mean| / std, fine-tune for `tune`.
 
+    Formula:
+        score(w) = |mean| / std  over the samples of the chain;  of a unit  sqrt(sum mean^2 / sum var)
+        w* = train(m * mean, K - tune..K)
+
     The chain is adaptive SGHMC over `burn` and then `sample`; its prior is the optimizer's weight decay with the recipe's regularizer.
     `temperature` 1 is the posterior, and a chain this short finds its mean only under a narrow prior. What is kept has the mean of the
     samples. Not fine-tuned, statistics of batch normalisation are estimated anew on `batches` batches. `by: magnitude` removes the smallest

@@ -36,6 +36,11 @@ def sbp_sr(
 ) -> Plan:
     """Scale the L residual branches by L^(-1/2), draw weights on the edge of chaos, prune by SNIP's or GraSP's scores, train so.
 
+    Formula:
+        y = x + L^(-1/2) F(x),   w ~ N(0, sigma_w^2 / fan_in) with sigma_w^2 E[phi'(sqrt(q) z)^2] = 1  (ReLU: 2)
+        m = top(|w dL/dw|)
+        rescale: weights    w <- w sqrt(sigma_w^2 / (fan_in mean((m w)^2)))  in each layer
+
     The scale is folded into weights at the end. `branches` are found by torch.fx, or named by shell patterns over their last modules.
     `rescale` is for networks without batch norm, where `activation` and, for tanh, `sigma_b` say which edge: after pruning, `weights` is
     the paper's factor a layer, from weights alone; `signals` is measured on a batch, and holds where the paper's lets a ReLU network

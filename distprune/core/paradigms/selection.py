@@ -48,6 +48,11 @@ def supermask(
 ) -> Plan:
     """Learn the probability of every weight to be kept, drawing a mask at each step; the likeliest of the budget are the result.
 
+    Formula:
+        P(m = 1) = sigmoid(s),   w_eff = m * w n / sum m      (without rescale m * w; w is frozen)
+        ds = dL/dm * sigmoid'(s)                             straight-through
+        m* = top(s)
+
     The paper has no budget. `start: half` is its start, where every weight is kept with probability 1/2; from there the expected density
     follows the cubic schedule and is the budget's from `end` on. `start: target` holds it there from the first step.
     """
@@ -76,6 +81,10 @@ def edge_popup(
 ) -> Plan:
     """Learn a score for every weight and keep, in each layer, those of the largest |score|; the paper's allocator is uniform.
 
+    Formula:
+        m = top(|s|) in each layer,   w_eff = m * w      (w is frozen)
+        ds = dL/dw_eff * w * sign(s)                     straight-through
+
     `scaled` divides the frozen weights by the root of their layer's density, the paper's scaled Kaiming. `weight_decay` is on the scores.
     """
     hook = EdgePopup(sparsity=recipe.sparsity, allocator=recipe.allocator, weights=weights, scaled=scaled)
@@ -91,6 +100,11 @@ def biprop(
     scaled: Annotated[bool, Choices()] = True,
     weight_decay: float = 1e-4,
 ) -> Plan:
-    """Edge-popup with binary weights: in each layer one gain, the mean |w| of what is kept, and the signs of the init."""
+    """Edge-popup with binary weights: in each layer one gain, the mean |w| of what is kept, and the signs of the init.
+
+    Formula:
+        w_eff = alpha sign(w) * m,   alpha = sum(|w| m) / sum m  in each layer      (w is frozen)
+        ds = dL/dw_eff * w * sign(s)     straight-through
+    """
     hook = Biprop(sparsity=recipe.sparsity, allocator=recipe.allocator, weights=weights, scaled=scaled)
     return _select(recipe, hook, rate=rate, weight_decay=weight_decay)

@@ -33,6 +33,10 @@ def soft_filters(
 ) -> Plan:
     """Train, setting the filters of the smallest L2 norm to zero every `every`, from where they may grow back; remove them at the end.
 
+    Formula:
+        w_f <- 0  for the filters f of the smallest ||w_f||, each `every`
+        m = top(||w_f||)  at the end
+
     The paper's allocator is uniform and it does not fine-tune. A zeroed filter still sends the shift of its batch normalisation, which
     goes with its removal: statistics are estimated anew on `batches` batches, or the network is fine-tuned for `tune`.
     """

@@ -20,7 +20,11 @@ _CROP = 4  # pixels of CIFAR-like images (He et al. 2015, arXiv:1512.03385, sect
 
 @task("classification")
 def classification(dataset: Dataset, *, label_smoothing: float = 0.0) -> "Classification":
-    """Cross-entropy and top-1 accuracy."""
+    """Cross-entropy and top-1 accuracy.
+
+    Formula:
+        L = cross-entropy(f(x), y),   objective: accuracy
+    """
     return Classification(dataset, label_smoothing)
 
 

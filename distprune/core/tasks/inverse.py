@@ -33,6 +33,10 @@ def inverse(
 ) -> "Inverse":
     """Deep inverse prior: mean squared error to y = A x + `noise` N(0, 1) for the first test image x, which no training sees.
 
+    Formula:
+        y = A x + noise N(0, 1),   L = mean (A f(z) - y)^2 over the seen measurements
+        objective: held_out = -10 log10(|A f(z) - y|^2 / |y|^2) over the others, in dB
+
     `operator` is A: identity (denoising), mask (a `share` of the pixels), blur (of `radius` pixels) or gaussian (a random matrix of
     `measurements` rows). Trials are compared by a share `held_out` of the measurements, which the loss does not see. The network's
     input has `latent` channels and the image's sides; it is drawn once, from U(0, 0.1), or uniformly on the unit sphere. Its output is the

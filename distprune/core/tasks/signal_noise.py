@@ -13,7 +13,11 @@ from distprune.errors import UserError
 
 @task("signal_noise", paper="Yang et al. 2023, arXiv:2301.00335")
 def signal_noise(dataset: Dataset) -> "SignalNoise":
-    """Classification that also measures what filters w_jr see: the signal of their class, the noise of the training points, or both."""
+    """Classification that also measures what filters w_jr see: the signal of their class, the noise of the training points, or both.
+
+    Formula:
+        signal_strength = mean_j max_r <w_jr, signal e_j>,   noise_memorisation = max_i max_r <w_(y_i)r, xi_i>
+    """
     return SignalNoise(dataset)
 
 
