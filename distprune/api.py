@@ -114,7 +114,7 @@ def search(
     from distprune.search import driver
     from distprune.search.config import Search
 
-    found = Search.load(config, name=name, storage=storage, limits=limits)
+    found = Search.load(config, name=name, storage=storage, limits=limits, log=None if simulate is None else [])
     if simulate is not None:
         from distprune.search.config import check_workers
         from distprune.search.recorded import Recorded

@@ -112,10 +112,9 @@ class Result:
             images.check_target(to)
         data = Data.read(self.folder)
         drawn = page.draw(data)
-        path = page.write(data, drawn)
         if to is not None:
             images.write(drawn, to)
-        return path
+        return page.write(data, drawn)
 
     def rows(self) -> list[TrialResult]:
         """All trials in order."""
@@ -144,6 +143,9 @@ class Result:
     def best(self, *, trial: int | None = None, max_density: float | None = None) -> TrialResult:
         """The most accurate trial of the front on validation, among those that keep at most a share `max_density` of the weights;
         or the trial of that number. Raises UserError if there is none."""
+        if max_density is not None and (trial is not None or not 0 < max_density <= 1):
+            got = f"{max_density:g}" if trial is None else f"{max_density:g} and trial {trial}"
+            raise UserError(f"max_density must be a share in (0, 1], without a trial, got {got}. For 5 % write 0.05.")
         front = self.pareto()
         if trial is not None:
             chosen = [row for row in self.rows() if row.number == trial]
@@ -191,13 +193,15 @@ def found_masks(path: str | Path, trial: int | None = None) -> FoundMasks:
 
 
 def _exported(path: Path) -> FoundMasks:
-    masks = Masks.load(path / "masks.safetensors")
+    from distprune.export.reading import open_export
+
+    export = open_export(path)
+    masks, manifest = export.masks, export.manifest
     try:
-        manifest = json.loads((path / "manifest.json").read_text())
         value = next(iter(manifest["metrics"]["validation"].values()))
         name = f"{path} (trial {manifest['trial']} of {manifest['run']})" if "trial" in manifest else str(path)
         return FoundMasks(name, dict(manifest["recipe"]), masks, float(value))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
         raise UserError(
             f"{path / 'manifest.json'} is not the manifest of an export ({type(error).__name__}: {error}). Export again."
         ) from error

@@ -105,7 +105,10 @@ def run(
     """Execute one recipe."""
     from distprune import api
     from distprune.cli.progress import Lines
+    from distprune.export.writing import check_target
 
+    if to is not None:
+        check_target(to)  # now, not when all is trained
     outcome = api.run(config, device=device, listen=Lines())
     print(outcome.summary())
     if to is not None:

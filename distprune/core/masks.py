@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from distprune.core import names as naming
 from distprune.core import packed
@@ -108,6 +109,10 @@ class Masks(Mapping[str, Tensor]):
 
         Names may differ by the parts that wrappers add at any level (`module.`, `_orig_mod.` and others: `core/names.py`).
         """
+        if not isinstance(model, nn.Module):
+            raise UserError(
+                f"Masks are for a torch.nn.Module, got {type(model).__name__}. For a state: model.load_state_dict(state) first."
+            )
         parameters = dict(model.named_parameters(remove_duplicate=False))  # a tied weight may be masked under any of its names
         found = naming.paired(self, parameters)
         unfit, prunable_names = {}, _owned(model)
@@ -137,17 +142,22 @@ class Masks(Mapping[str, Tensor]):
         parameters = dict(model.named_parameters(remove_duplicate=False))
         for name, other in match.pairs.items():
             weight = parameters[other]
-            weight.mul_(self[name].to(weight.device, weight.dtype))
+            weight.masked_fill_(~self[name].to(weight.device), 0)  # a product with zero would leave what is not finite
         return model
 
     def save(self, path: str | Path, **metadata: Any) -> Path:
         """Write a safetensors file of bool tensors or, to a name that ends in `.parquet`, a table with a bit a weight (`core/packed.py`).
 
-        `metadata` goes in as JSON beside sparsity and the kept weights of each layer. Raises UserError for Parquet without pyarrow.
+        `metadata` goes in as JSON beside sparsity and the kept weights of each layer. Raises UserError for another ending, a folder
+        that does not exist, and Parquet without pyarrow.
         """
+        path = Path(path)
+        if path.suffix not in (".safetensors", ".parquet"):
+            raise UserError(f"Masks are written to .safetensors or .parquet, got {path}. Write {path.stem}.safetensors.")
+        if not path.parent.is_dir():
+            raise UserError(f"Masks must be written to an existing folder, and {path.parent} is none. Make it first.")
         facts = {"format": packed.FORMAT, "sparsity": self.sparsity, "kept": self.kept, "total": self.total, "layers": self.counts}
         text = {key: json.dumps(value) for key, value in {**facts, **metadata}.items()}
-        path = Path(path)
         aside = path.with_name(f".{path.name}.{os.getpid()}")  # readers see a whole file or none
         if path.suffix == ".parquet":
             packed.write(aside, self, text)
@@ -197,6 +207,8 @@ def _weights(module: nn.Module) -> list[Tensor]:
 
 def _owned(model: nn.Module) -> dict[str, nn.Parameter]:
     """Name -> weight of the modules in PRUNABLE and of attention, trainable or not; a tied one comes once."""
+    if lazy := [name for name, parameter in model.named_parameters() if is_lazy(parameter)]:
+        raise UserError(f"Weights must have a shape, and '{lazy[0]}' has none before the first pass. Run the network once: model(inputs).")
     owners = {id(weight) for module in model.modules() for weight in _weights(module)}
     return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in owners}
 

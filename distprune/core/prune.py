@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import numbers
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from fnmatch import fnmatch
 from types import TracebackType
@@ -46,6 +47,10 @@ def prune(
     >>> masks = prune(model, criterion="snip", sparsity=0.9, batches=loader)
     >>> masks.apply_(model)
     """
+    if not isinstance(sparsity, numbers.Real) or isinstance(sparsity, bool):
+        raise UserError(f"sparsity must be a number, got {sparsity!r}. To keep 10 % of the weights write sparsity=0.9.")
+    if steps is not None and (not isinstance(steps, numbers.Integral) or isinstance(steps, bool) or steps < 1):
+        raise UserError(f"steps must be a number of at least 1, got {steps!r}. Leave it out for the criterion's own.")
     criterion_choice = registry.criterion.read(criterion, "criterion")
     granularity_choice = registry.granularity.read(granularity, "granularity")
     allocator_choice = registry.allocator.read(allocator or granularity_choice.entry.facts["allocator"] or "global", "allocator")
@@ -100,21 +105,27 @@ def _pairs(batches: Iterable[Any] | None, device: torch.device) -> Iterator[tupl
         yield inputs.to(device), targets.to(device) if isinstance(targets, Tensor) else targets
 
 
+_KINDS = {"model": "a torch.nn.Module", "masks": "Masks, as prune and Masks.load give them", "optimizer": "an optimizer of torch's kind"}
+
+
 class Held:
     """Masks that are held through the steps of an optimizer, until `release` or, as a context manager, to the end of its block."""
 
     def __init__(self, model: nn.Module, masks: Masks, optimizer: torch.optim.Optimizer) -> None:
-        parameters = dict(model.named_parameters(remove_duplicate=False))
-        masks.apply_(model)
+        for name, given, kind in (("model", model, nn.Module), ("masks", masks, Masks), ("optimizer", optimizer, torch.optim.Optimizer)):
+            if not isinstance(given, kind):
+                raise UserError(f"{name} must be {_KINDS[name]}, got {type(given).__name__}. Write hold(model, masks, optimizer).")
+        match = masks.match(model)
+        match.check(strict=True)
+        parameters, pairs = dict(model.named_parameters(remove_duplicate=False)), match.pairs
         trained = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
-        pairs = masks.match(model).pairs
         if not any(id(parameters[name]) in trained for name in pairs.values()):
             raise UserError(
                 "The optimizer must train weights that have masks, got one that trains none of them. Build it from the same network: "
                 "torch.optim.SGD(model.parameters(), lr=0.1)."
             )
         self._weights = [parameters[name] for name in pairs.values()]
-        self._masks = [masks[mask].to(weight.device, weight.dtype) for mask, weight in zip(pairs, self._weights, strict=True)]
+        self._removed = [~masks[mask].to(weight.device) for mask, weight in zip(pairs, self._weights, strict=True)]
         self._optimizer = optimizer
         self._zero()  # of a network that was trained before, the optimizer's memory would move what is removed
         self._hooks = [
@@ -124,20 +135,18 @@ class Held:
 
     @torch.no_grad()
     def _mask_gradients(self) -> None:
-        found = [(weight.grad, mask) for weight, mask in zip(self._weights, self._masks, strict=True) if weight.grad is not None]
-        if found:
-            torch._foreach_mul_([gradient for gradient, _ in found], [mask for _, mask in found])
+        for weight, removed in zip(self._weights, self._removed, strict=True):
+            if weight.grad is not None:
+                weight.grad.masked_fill_(removed, 0)  # a product with zero would leave what is not finite
 
     @torch.no_grad()
     def _zero(self) -> None:
         """Removed weights and all that the optimizer remembers of them."""
-        tensors, masks = list[Tensor](self._weights), list(self._masks)
-        for weight, mask in zip(self._weights, self._masks, strict=True):
+        for weight, removed in zip(self._weights, self._removed, strict=True):
+            weight.masked_fill_(removed, 0)
             for value in self._optimizer.state.get(weight, {}).values():
                 if isinstance(value, Tensor) and value.shape == weight.shape and value.is_floating_point():
-                    tensors.append(value)
-                    masks.append(mask)
-        torch._foreach_mul_(tensors, masks)
+                    value.masked_fill_(removed, 0)
 
     def release(self) -> None:
         """Let the optimizer train all weights again."""
@@ -156,7 +165,7 @@ def hold(model: nn.Module, masks: Masks, optimizer: torch.optim.Optimizer) -> He
 
     Masking the weights once is not enough: momentum and weight decay bring them back. Before each step the gradients are masked, after it
     the weights and the optimizer's memory. To be called again after `load_state_dict`, `to` or another optimizer.
-    Raises UserError for masks of another network, and for an optimizer that trains none of the masked weights.
+    Raises UserError, with the network as it was, for masks of another one, and for an optimizer that trains none of the masked weights.
 
     >>> with hold(model, prune(model, sparsity=0.9), optimizer):
     ...     train(model, optimizer)
@@ -168,16 +177,23 @@ def shrink(model: nn.Module, masks: Masks, example: Tensor) -> nn.Module:
     """A smaller network that computes what `model` does under `masks`: channels and heads of which they keep nothing are taken out.
 
     `example` is one input, [1, ...], on the model's device; the model is left as it is. Masks of granularity filter or channel are taken
-    out whole; masks of single weights where a channel happens to be removed, and they go on in what is left.
+    out whole; masks of single weights where a channel happens to be removed, and they go on in what is left. Frozen weights may be
+    taken out like others, and what is left of them is frozen.
     Raises UserError for masks of another network, and for a network without channels that can be removed.
 
     >>> small = shrink(model, prune(model, granularity="filter", sparsity=0.7, batches=batches), example)
     """
     sparse = masks.apply_(copy.deepcopy(model))
+    trained = {name: parameter.requires_grad for name, parameter in sparse.named_parameters(remove_duplicate=False)}
     masks = Masks({name: masks[mask] for mask, name in masks.match(sparse).pairs.items()})  # under the names that wrappers give
+    for parameter in sparse.parameters():
+        parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
     weights = {name: weight for name, weight in prunable(sparse).items() if name in masks}
     units: Units = registry.granularity.choose("filter")(Network(sparse, weights, lambda: example))
     kept = units.alive(masks)
     for line in kept.values():
         line[0] |= not line.any()  # of a layer that is removed as a whole, one channel of zeros has to stay
-    return edits.shrink(sparse, units.channels, kept)
+    small = edits.shrink(sparse, units.channels, kept)
+    for name, parameter in small.named_parameters():
+        parameter.requires_grad_(trained[name])
+    return small

@@ -1,5 +1,6 @@
 """Masks on a network of the user's own. Its state is read and written as safetensors, under the names and in the types of its file."""
 
+import contextlib
 import inspect
 import os
 import warnings
@@ -31,12 +32,18 @@ class Applied:
     unread: tuple[str, ...] = ()  # tensors of the state's file that the network has not
     unset: tuple[str, ...] = ()  # tensors of the network that are not in the file, and keep the values that it was built with
     written: Path | None = None
+    unfit: Mapping[str, str] = field(default_factory=dict)  # tensor of the file of another shape -> what is wrong, in one sentence
 
     def lines(self) -> list[str]:
         """What did not match, a sentence each."""
         found = list(self.match.unfit.values())
         if self.match.unmasked:
             found.append(f"Prunable weights without a mask stay whole: {naming.some(self.match.unmasked)}.")
+        return found + self.lines_of_file()
+
+    def lines_of_file(self) -> list[str]:
+        """What did not match of the file of weights."""
+        found = list(self.unfit.values())
         if self.unread:
             found.append(f"The network has no place for what the file of weights calls {naming.some(self.unread)}.")
         if self.unset:
@@ -87,26 +94,33 @@ def apply(masks: Masks, model: nn.Module, *, weights: str | Path | None, to: str
     match.check(strict=strict)
     own = {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
     state, metadata = _read(Path(weights)) if weights is not None else (own, {"format": "pt"})
-    places = naming.paired(state, own)
-    loaded = {own[name].data_ptr() for name in places.values()}  # tied tensors may come under one of their names
-    unread = tuple(name for name in state if name not in places)
-    unset = tuple(name for name, tensor in own.items() if tensor.data_ptr() not in loaded and not name.endswith(_COUNTER))
-    if wrong := [name for name, other in places.items() if state[name].shape != own[other].shape]:
-        shapes = f"{tuple(own[places[wrong[0]]].shape)}, got {tuple(state[wrong[0]].shape)}"
+    named = naming.paired(state, own)
+    places = {name: other for name, other in named.items() if state[name].shape == own[other].shape}
+    unfit = {
+        name: f"'{name}' must be shaped like its place in the network, {tuple(own[other].shape)}, got {tuple(state[name].shape)}."
+        for name, other in named.items()
+        if name not in places
+    }
+    known = {own[name].data_ptr() for name in named.values()}  # tied tensors may come under one of their names
+    unread = tuple(name for name in state if name not in named)
+    unset = tuple(name for name, tensor in own.items() if tensor.data_ptr() not in known and not name.endswith(_COUNTER))
+    found = Applied(model, masks, match, unread, unset, None if to is None else Path(to), unfit)
+    if strict and unfit:
         raise UserError(
-            f"{weights}: '{wrong[0]}' must be shaped like its place in the network, {shapes}. Give the options it was built with."
+            f"{weights}: {next(iter(unfit.values()))} Give the options it was built with, or leave out the {len(unfit)} of another shape: "
+            "--partial, in Python strict=False."
         )
-    found = Applied(model, masks, match, unread, unset, None if to is None else Path(to))
     if not places or (strict and (unread or unset)):
-        raise UserError(f"{weights} does not fit the network. {' '.join(found.lines()[-2:])} To go on: --partial, in Python strict=False.")
+        way = "To go on: --partial, in Python strict=False." if places else "Give the file of this network."
+        raise UserError(f"{weights} does not fit the network. {' '.join(found.lines_of_file())} {way}")
     pruned = _pruned(model, masks, match, state, places)
+    if to is not None:
+        _write(Path(to), pruned, metadata)
     if weights is not None:
         model.load_state_dict({places[name]: tensor for name, tensor in pruned.items() if name in places}, strict=False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what is left out stands in `match`
         masks.apply_(model, strict=strict)
-    if to is not None:
-        _write(Path(to), pruned, metadata)
     return found
 
 
@@ -135,5 +149,10 @@ def _pruned(model: nn.Module, masks: Masks, match: Match, state: Mapping[str, Te
 
 def _write(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     aside = path.with_name(f".{path.name}.{os.getpid()}")  # readers see a whole file or none
-    save_file(dict(state), str(aside), metadata=dict(metadata))
-    os.replace(aside, path)
+    try:
+        save_file(dict(state), str(aside), metadata=dict(metadata))
+        os.replace(aside, path)
+    except Exception as error:  # safetensors raises its own and OS errors
+        with contextlib.suppress(OSError):
+            aside.unlink()
+        raise UserError(f"{path} cannot be written: {' '.join(str(error).split())}. Choose another with --to.") from error

@@ -183,6 +183,8 @@ def _check(batches: Sequence[int], threads: int | None, device: str, rounds: int
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
         raise UserError(f"device must be one that torch can use here, got '{device}'. Write cpu, or cuda where there is a GPU.") from error
+    if torch.device(device).type not in ("cpu", "cuda"):  # of which it is known when they have done their work
+        raise UserError(f"device must be cpu or cuda, where times can be measured, got '{device}'. Write --device cpu.")
 
 
 def _networks(export: Export, device: str, listen: Listener) -> tuple[dict[str, Network], dict[str, str]]:

@@ -51,13 +51,17 @@ def standalone(source: str) -> str:
 CHECK = '''"""Checks this export with torch and safetensors alone: removed weights are zero, and every answer is the recorded one."""
 
 import json
+import runpy
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
-import model
 import torch
 from safetensors.torch import load_file
 
 folder = Path(__file__).parent
+sys.path[0] = ""  # a network of your own is imported from where you are
+model = SimpleNamespace(**runpy.run_path(str(folder / "model.py")))
 masks, weights, test = (load_file(folder / f"{name}.safetensors") for name in ("masks", "weights", "test"))
 network = model.build().eval()
 network.load_state_dict(weights)

@@ -41,7 +41,7 @@ def kind_of(task: Task, model: nn.Module) -> Kind:
 
 def _classification(task: Classification, model: nn.Module) -> Kind:
     test = task.dataset.test
-    count = min(len(test), MOST_TEST_BYTES // max(test.inputs[0].numel(), 1))
+    count = min(len(test), MOST_TEST_BYTES // max(test.inputs[0].numel() * test.inputs.element_size(), 1))
     predictions = task.predict(model, "test").argmax(1).cpu()
     rows = {"inputs": test.inputs[:count], "labels": test.labels[:count], "predictions": predictions[:count]}
     device = next(model.parameters()).device.type

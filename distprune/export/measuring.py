@@ -21,6 +21,15 @@ ATTEMPTS = 3
 Network = Callable[[Tensor], Tensor]
 
 
+class Unfit(UserError):
+    """A network that a form cannot hold."""
+
+    def __init__(self, name: str, error: Exception) -> None:
+        said = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        self.why = f"It cannot hold this network: {said}."
+        super().__init__(f"Format {name} cannot hold this network: {said}. Nothing was written. Leave {name} out.")
+
+
 class Differs(UserError):
     """A form answers otherwise than the network does."""
 
@@ -33,9 +42,9 @@ class Differs(UserError):
 
 
 def measured(export: Export, source: Source, entries: Sequence[Entry], optional: Container[str] = ()) -> dict[str, dict[str, Any]]:
-    """Format -> its `error` and `latency` for the manifest, and `notes`: why there is none; `left_out` for an optional form that differs.
+    """Format -> its `error` and `latency` for the manifest, and `notes`: why there is none; `left_out` for an optional form that fails.
 
-    Raises UserError for another form that answers otherwise than the network does.
+    Raises UserError for another form that cannot be run, or answers otherwise than the network does.
     """
     found: dict[str, dict[str, Any]] = {}
     networks: dict[str, dict[str, Network]] = {"cpu": {}, "cuda": {}}
@@ -46,19 +55,21 @@ def measured(export: Export, source: Source, entries: Sequence[Entry], optional:
             found[entry.name]["notes"] = ["It holds no network: there is nothing to time."]
             continue
         try:
-            network = load(export, torch.device(device))
-        except UserError as error:
-            if device == "cpu":
-                raise
-            found[entry.name]["notes"] = [str(error)]  # one of other hardware
-            continue
-        try:
+            try:
+                network = load(export, torch.device(device))
+            except UserError as error:
+                if device == "cpu":
+                    raise
+                found[entry.name]["notes"] = [str(error)]  # one of other hardware
+                continue
             found[entry.name]["error"] = _error(entry.name, network, export, source, device)
-        except Differs as differs:
-            if entry.name not in optional:
+        except Exception as error:  # whatever torch, onnxruntime and the network's own code raise
+            if entry.name in optional:
+                found[entry.name]["left_out"] = (error if isinstance(error, Differs) else Unfit(entry.name, error)).why
+                continue
+            if isinstance(error, UserError) or entry.facts["always"]:
                 raise
-            found[entry.name]["left_out"] = differs.why
-            continue
+            raise Unfit(entry.name, error) from error
         networks[device][entry.name] = network
     for device, those in networks.items():
         if those:

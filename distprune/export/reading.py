@@ -1,12 +1,18 @@
 """An export read back: every byte is compared with its manifest first, and nothing in it is unpickled or run.
 
+The hashes seal an export against damage, not against a forger, who can make them anew. And a network of your own is imported from the
+module that the manifest names: never from the export's folder, but open only exports whose module you know.
+
 export = open_export("out")
 export.network("slim")(export.inputs(8))  # [8, classes]
 """
 
 import hashlib
+import importlib.machinery
 import json
-from collections.abc import Callable, Mapping
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -93,7 +99,12 @@ class Export:
 
     def build(self, *, edited: bool = True) -> nn.Module:
         """The architecture with fresh values, by default with what was fused or replaced since it was built."""
-        choice = registry.model.read(self.manifest["recipe"]["model"], "model")
+        chosen = self.manifest["recipe"]["model"]
+        name = f"import:{chosen['import']}" if isinstance(chosen, dict) and "import" in chosen else chosen
+        name = str(name.get("name") if isinstance(name, dict) else name)
+        if name.startswith("import:"):
+            _check_module(name.split(":")[1], self.path)
+        choice = registry.model.read(chosen, "model")
         options = {name: value for name, value in choice.options.items() if name not in choice.entry.facts["values_only"]}
         with global_stream(self.manifest["recipe"]["seed"], "init"):  # for what a network draws and does not save
             network = build_model(
@@ -200,9 +211,10 @@ def _check(manifest: Any) -> None:
             raise ValueError(f"it has no '{key}'")
     if manifest["sha256"] != digest(manifest):
         raise ValueError("it was changed after it was written")
-    needed = ["test.safetensors"]
+    needed = ["test.safetensors", "masks.safetensors", "weights.safetensors"]
     for name, form in manifest["formats"].items():
-        formats.get(name)
+        if name not in formats.names():  # `get` would import a function of any module
+            raise ValueError(f"it has an unknown format {name!r}")
         needed += form["files"]
     needed += [entry.name for entry in formats if entry.facts["always"] and entry.name not in manifest["formats"]]
     for name in needed:
@@ -215,6 +227,22 @@ def _check(manifest: Any) -> None:
     for name, facts in manifest["files"].items():
         if not isinstance(facts, dict) or facts.keys() != {"bytes", "sha256"}:
             raise ValueError(f"it does not say what {name} is")
+
+
+def _check_module(module: str, folder: Path) -> None:
+    """Raise UserError where a module, or a package that it is in, lies in an export: nothing of what came with one is run."""
+    places: Sequence[str] = [*sys.path, os.getcwd()]  # as the registry looks for it
+    for part in module.split("."):
+        spec = importlib.machinery.PathFinder.find_spec(part, places)
+        if spec is None:
+            return  # nothing to be imported, or not from a file
+        places = list(spec.submodule_search_locations or ())
+        for place in (*places, *([spec.origin] if spec.origin else ())):
+            if Path(place).resolve().is_relative_to(folder.resolve()):
+                raise UserError(
+                    f"The network of {folder} must be of a module outside the export, got '{module}' in {place}. "
+                    "Move your module out of it, and run from there."
+                )
 
 
 def _compare(folder: Path, name: str, facts: Mapping[str, Any]) -> None:

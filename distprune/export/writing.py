@@ -24,7 +24,7 @@ from distprune.core.registry import Entry
 from distprune.core.run import Run
 from distprune.errors import UserError, unknown
 from distprune.export.code import CHECK, model_source
-from distprune.export.measuring import measured
+from distprune.export.measuring import Unfit, measured
 from distprune.export.reading import FORMAT, MANIFEST, Export, digest, facts_of, open_export
 from distprune.export.source import Source, Written
 from distprune.export.tables import format as table
@@ -91,7 +91,8 @@ def export(run: Run, to: str | Path, facts: Mapping[str, Any], *, formats: str |
 
 def _write(source: Source, entries: list[Entry], optional: set[str], folder: Path, facts: Mapping[str, Any]) -> None:
     run, kind, masks = source.run, source.kind, source.masks
-    written: dict[str, Written] = {entry.name: entry.function(source, folder) for entry in entries}
+    written, left_out = _forms(source, entries, optional, folder)
+    entries = [entry for entry in entries if entry.name in written]
     save_file({name: tensor.cpu().contiguous() for name, tensor in kind.rows.items()}, str(folder / "test.safetensors"))
     (folder / "model.py").write_text(model_source(run.recipe.model, run.env.task, source.edits, kind))
     (folder / "check.py").write_text(CHECK.replace("COMPARE\n", kind.compare))
@@ -116,8 +117,9 @@ def _write(source: Source, entries: list[Entry], optional: set[str], folder: Pat
     }
     forms: dict[str, dict[str, Any]] = manifest["formats"]
     found = measured(Export(folder, manifest), source, entries, optional)
-    manifest["left_out"] = {name: facts["left_out"] for name, facts in found.items() if "left_out" in facts}
-    for name in manifest["left_out"]:
+    unfit = {name: facts["left_out"] for name, facts in found.items() if "left_out" in facts}
+    manifest["left_out"] = {**left_out, **unfit}
+    for name in unfit:
         for file in forms.pop(name)["files"]:
             del manifest["files"][file]
             (folder / file).unlink()
@@ -127,6 +129,28 @@ def _write(source: Source, entries: list[Entry], optional: set[str], folder: Pat
         form |= {"bytes": size, "size": size / source.dense_bytes, **found[name], "notes": notes}
     manifest["sha256"] = digest(manifest)
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+
+
+def _forms(source: Source, entries: list[Entry], optional: set[str], folder: Path) -> tuple[dict[str, Written], dict[str, str]]:
+    """What each form has written, and why an optional one cannot be had. Raises UserError for another that cannot."""
+    written: dict[str, Written] = {}
+    left_out: dict[str, str] = {}
+    for entry in entries:
+        before = set(folder.iterdir())
+        try:
+            written[entry.name] = entry.function(source, folder)
+        except OSError:
+            raise  # of the disk, not of the network
+        except Exception as error:  # whatever exporters and the network's own code raise
+            if entry.name in optional:
+                left_out[entry.name] = Unfit(entry.name, error).why
+                for file in set(folder.iterdir()) - before:
+                    file.unlink()
+            elif isinstance(error, UserError) or entry.facts["always"]:
+                raise
+            else:
+                raise Unfit(entry.name, error) from error
+    return written, left_out
 
 
 def _run_as_code(source: Source, folder: Path) -> None:

@@ -65,13 +65,12 @@ def _application(folder: RunFolder) -> Callable[..., Iterable[bytes]]:
 
 def _names(folder: RunFolder) -> list[str]:
     """What the objectives of a search are called."""
-    from distprune.core import registry
     from distprune.core.config import read_yaml
-    from distprune.core.costs import label
+    from distprune.report.data import label_of
 
     found = read_yaml(folder.search_yaml)
     minimized = (found.get("search") or {}).get("minimize") or []
-    return ["objective", *(f"share of {label(registry.cost.read(cost, 'minimize'))}" for cost in minimized)]
+    return ["objective", *(f"share of {label_of(cost)}" for cost in minimized)]
 
 
 def _guarded(application: Callable[..., Iterable[bytes]]) -> Callable[..., Iterable[bytes]]:

@@ -14,7 +14,7 @@ from distprune.core import registry
 from distprune.core.config import read_yaml
 from distprune.core.costs import label
 from distprune.errors import UserError
-from distprune.report.reading import Curve, is_running, read_checks, read_curves
+from distprune.report.reading import Curve, read_checks, read_curves, signs_of_life
 from distprune.store.folder import RunFolder
 from distprune.store.trials import FAILED, SCHEMA, read_trials
 
@@ -33,6 +33,7 @@ class Data:
     curves: Mapping[int, Curve]
     objective: str  # the name of what is maximized on validation
     running: bool
+    silent: float | None = None  # for how long a driver that cannot be asked has written nothing (s)
     sanity: tuple[tuple[str, Mapping[str, Any]], ...] = ()  # (file, what it holds) of sanity checks, the newest first
 
     @classmethod
@@ -41,7 +42,7 @@ class Data:
         facts = read_yaml(folder.search_yaml)
         table = read_trials(folder.trials) if folder.trials.exists() else SCHEMA.empty_table()
         curves, name = read_curves(folder)
-        return cls(folder, facts, table, curves, name, is_running(folder, table), read_checks(folder.path))
+        return cls(folder, facts, table, curves, name, *signs_of_life(folder, table), read_checks(folder.path))
 
     @property
     def name(self) -> str:
@@ -97,9 +98,15 @@ class Data:
         return [row for row in self.rows if row["ended"] in FAILED]
 
     @functools.cached_property
+    def died(self) -> frozenset[int]:
+        """Trials of which a worker died, as far as a driver saw it."""
+        pairs = zip(self.table["number"].to_pylist(), self.table["deaths"].to_pylist(), strict=True)
+        return frozenset(number for number, text in pairs if json.loads(text or "[]"))
+
+    @functools.cached_property
     def costs(self) -> list[str]:
         """The costs that the search minimizes, as its table calls them."""
-        return [_label(cost) for cost in self.search.get("minimize") or []]
+        return [label_of(cost) for cost in self.search.get("minimize") or []]
 
     def cost(self, row: Row, name: str) -> float | None:
         """A cost of a finished trial, as a share of the dense network's."""
@@ -112,6 +119,12 @@ class Data:
         """Of each layer of a trial: (kept weights, weights as far as is known)."""
         kept, sizes = self.long(number, "layers") or {}, self._sizes
         return {name: (count, max(sizes.get(name, 0), count)) for name, count in kept.items()}
+
+    @functools.cached_property
+    def sized(self) -> bool:
+        """Whether the weights of all layers are known, as what a trial kept and its sparsity say how many there are in all."""
+        found = [row["kept"] / (1 - row["sparsity"]) for row in self.finished if row["kept"] and row["sparsity"] is not None]
+        return sum(self._sizes.values()) >= 0.999 * max(found, default=0.0)
 
     @functools.cached_property
     def _sizes(self) -> dict[str, int]:
@@ -130,7 +143,8 @@ class Data:
         return most
 
 
-def _label(cost: Any) -> str:
+def label_of(cost: Any) -> str:
+    """What a cost is called, as YAML writes it."""
     try:
         return label(registry.cost.read(cost, "cost"))
     except (UserError, ImportError, AttributeError):  # the user's own, and its module is not here

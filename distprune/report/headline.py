@@ -1,5 +1,6 @@
 """The head of a page: what it is about, how far the search is, and its findings in four numbers. What comes from files is escaped here."""
 
+import math
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -10,6 +11,8 @@ from distprune.report.data import Data, Row
 from distprune.report.drawn import Drawn, many, number, samples, share
 from distprune.report.findings import best, best_dense, own, smallest_near_best, total
 from distprune.report.said import choice
+
+_QUIET_S = 120.0  # after which a driver that cannot be asked is not said to run
 
 
 def header(data: Data, drawn: Sequence[Drawn], now: float, *, live: bool) -> str:
@@ -34,11 +37,22 @@ def _state(data: Data) -> tuple[str, str]:
     limits = data.search.get("limits")
     most = limits.get("trials") if isinstance(limits, dict) else None
     done = f"{ended:,} of {most:,} trials" if isinstance(most, int) and most > ended else many(ended, "trial")
+    if data.silent is not None and (not data.running or data.silent > _QUIET_S):
+        return "silent", f"{_heard(data.silent)}, {done}"
     if data.running:
         return "running", f"running, {done}"
     if any(row["ended"] == "running" for row in data.rows) or not data.folder.reports_parquet.exists():
         return "interrupted", f"interrupted, {done}"
     return "finished", f"finished, {done}"
+
+
+def _heard(silent: float) -> str:
+    if math.isinf(silent):
+        return "nothing heard yet"
+    minutes = silent / 60
+    units = ((1440, "days"), (60, "hours"), (1, "min"))
+    size, unit = next((size, unit) for size, unit in units if minutes >= 2 * size or size == 1)
+    return f"last heard {minutes / size:,.0f} {unit} ago"
 
 
 def _warnings(data: Data) -> str:
@@ -48,6 +62,9 @@ def _warnings(data: Data) -> str:
         lines.append(f"Simulated: trials were looked up among {source}; nothing was trained.")
     if _state(data)[0] == "interrupted":
         lines.append(f"The search was interrupted; nothing is lost. Go on with: {command(f'resume {data.folder.quoted}')}")
+    if data.silent is not None and not data.running:
+        again = command(f"resume {data.folder.quoted}")
+        lines.append(f"Its driver cannot be asked from here. If it is not at work on another machine, go on with: {again}")
     if data.folder.url:
         lines.append("This page is of a copy of the run, as it was when it was read.")
     return "".join(f'<p class="warning">{escape(line)}</p>' for line in lines)
@@ -98,8 +115,12 @@ def _trials_card(data: Data) -> tuple[str, str, str]:
 
 def _compute_card(data: Data) -> tuple[str, str, str]:
     billed, run = total(own(data), lambda row: row["cost"]), total(data.rows, lambda row: row["spent"])
+    if data.simulated is not None:
+        return "Samples looked up", samples(run), f"{samples(billed)} billed; nothing was run"
     saved = total(own(data), lambda row: row["saved"])
     hours = total(data.rows, lambda row: row["wall_s"]) / 3600
     time_ = f"; {hours:.1f} hours of workers" if hours >= 1 else f"; {60 * hours:.0f} minutes of workers" if hours else ""
+    if time_ and any((row["attempts"] or 1) > 1 for row in data.rows):
+        time_ += " in the last attempt of each trial"  # the table has no other
     spared = f", {share(saved / billed)} of them shared between trials" if saved and billed else ""
     return "Samples run", samples(run), f"{samples(billed)} billed{spared}{time_}"

@@ -1,7 +1,7 @@
 """What lies in a run folder beside the table of trials: reports, sanity checks, and signs of life."""
 
 import json
-import os
+import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from distprune.store import reports as stream
 from distprune.store.folder import RunFolder
 
-_FRESH_S = 120.0  # a search whose driver cannot be asked runs if its files changed this lately
+_PATIENCE_S = 900.0  # a search whose driver cannot be asked runs if its files changed this lately
 _MOST_JSON = 10_000_000  # bytes of a file that may be one of sanity checks
 
 Floats = npt.NDArray[np.float64]
@@ -32,29 +32,25 @@ class Curve:
     rung: npt.NDArray[np.int64]  # highest rung crossed, -1 for none
 
 
-def is_running(folder: RunFolder, table: pa.Table) -> bool:
-    """Whether a driver is at work on a search, as far as its files say."""
+def signs_of_life(folder: RunFolder, table: pa.Table) -> tuple[bool, float | None]:
+    """Whether a driver is at work on a search, as far as its files say, and for how long one that cannot be asked has written nothing (s).
+
+    The second is None where the driver can be asked, or has ended the search; infinite where there is no trace of it.
+    """
+    if driven := folder.is_driven:
+        return True, None
     stream_there, closed = folder.reports.exists(), folder.reports_parquet.exists()
     if folder.url:  # files of a copy are as old as the copy
         if closed and "running" not in table["ended"].to_pylist():
-            return False
+            return False, None
     elif closed and not (stream_there and folder.reports.stat().st_mtime > folder.reports_parquet.stat().st_mtime):
-        return False
-    elif (driver := folder.driver) is not None and _is_alive(driver):
-        return True
+        return False, None
+    if driven is False:
+        return False, None
     # Perhaps on another machine. Of a copy, the table alone has kept its time.
     files = [folder.trials] if folder.url else [folder.trials, folder.reports, folder.search_yaml]
-    return time.time() - max((path.stat().st_mtime for path in files if path.exists()), default=0.0) < _FRESH_S
-
-
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+    silent = time.time() - max((path.stat().st_mtime for path in files if path.exists()), default=-math.inf)
+    return silent < _PATIENCE_S, max(silent, 0.0)
 
 
 def read_curves(folder: RunFolder) -> tuple[dict[int, Curve], str]:

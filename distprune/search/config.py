@@ -282,6 +282,11 @@ class Search:
         return search
 
     @classmethod
+    def of_run(cls, value: Any) -> "Search":
+        """From what a run's search.yaml holds, for those who do not log: a logger of the user's own need not be importable."""
+        return cls.read({key: item for key, item in value.items() if key != "log"} if isinstance(value, Mapping) else value)
+
+    @classmethod
     def load(
         cls, source: "str | Path | Mapping[str, Any] | Search", *, limits: Mapping[str, Any] | None = None, **changes: Any
     ) -> "Search":

@@ -123,7 +123,6 @@ def resume(path: str | Path, *, limits: Mapping[str, Any], engine: Engine, liste
         listen("checking", {"search": search})
         setup = set_up(search, learned=folder.learned)
         check_cache(search)
-        check_loggers(search.log)
         check_study(search, facts, folder, begun=folder.reports.exists())
         engine.open(search)
         if limits:

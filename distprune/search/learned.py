@@ -54,7 +54,7 @@ def _earlier(path: str, where: str) -> tuple[RunFolder, Search]:
     try:
         folder = RunFolder.existing(path)
         folder.check_real("learned from")
-        return folder, Search.read(read_yaml(folder.search_yaml).get("search"))
+        return folder, Search.of_run(read_yaml(folder.search_yaml).get("search"))
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
 

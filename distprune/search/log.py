@@ -22,13 +22,14 @@ from distprune.core.registry import Choice
 from distprune.errors import command
 from distprune.search.book import Book
 from distprune.search.entry import Entry
+from distprune.search.loggers import SECRET, missing_package
 from distprune.store.folder import RunFolder
 from distprune.store.trials import FAILED
 
 WAIT_S, WAIT_INTERRUPTED_S = 60.0, 5.0  # for a logger that is behind, at the end of a search
 _COLUMNS = ("objective", "score", "sparsity", "kept", "cost", "spent", "wall_s")
 _EXTRA = ("metrics", "costs", "params", "flops", "saved")
-_SECRET = re.compile(r"KEY|TOKEN|PASSWORD|SECRET", re.IGNORECASE)  # names of variables whose values are nobody's to see
+_MOST_ENDING = 8  # trials of which W&B's processes, two each, may still be busy after they were told all
 
 
 @dataclass(frozen=True)
@@ -67,11 +68,23 @@ def _numbers(value: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+def _named(value: Mapping[str, Any]) -> dict[str, Any]:
+    """With keys of characters that MLflow takes: those of a recipe may be shell patterns."""
+    clean = {re.sub(r"[^\w.\- :/]", lambda found: f"_{ord(found[0]):x}_", str(key)): item for key, item in value.items()}
+    return {key: _named(item) if isinstance(item, Mapping) else item for key, item in clean.items()}
+
+
 class Log:
     """All loggers of a search, as its driver sees them. None of them raises, and none is waited for before the end."""
 
     def __init__(self, choices: tuple[Choice, ...], folder: RunFolder, listen: Callable[[str, dict[str, Any]], None]) -> None:
-        self._loggers = [_Logger(choice, folder) for choice in choices]
+        self._loggers = []
+        for choice in choices:  # an earlier driver may have had more packages
+            if missing := missing_package(choice):
+                way_out = f"What is missing there, it is told by: pip install {missing}, {command(f'resume {folder.quoted}')}"
+                listen("logger", {"message": f"log {choice.name} is left out, as {missing} is not installed here. {way_out}"})
+            else:
+                self._loggers.append(_Logger(choice, folder))
         self._folder, self._listen = folder, listen
         self._book: Book | None = None
         self._known: dict[int, tuple[Mapping[str, Any], Mapping[str, Any]]] = {}  # running trial -> (recipe, what was proposed)
@@ -84,11 +97,14 @@ class Log:
             logger.start()
             if show := logger.choice.entry.facts["show"]:
                 self._listen("logger", {"message": f"log {logger.choice.name}: {show.format(folder=shlex.quote(str(logger.folder)))}"})
+        heard: dict[int, list[dict[str, Any]]] = {entry.number: [] for entry in book.entries}
         for row in rows:
             if row["index"] >= 0:  # else a note of the driver's own
+                heard[row["trial"]].append(row)
+        for number, mine in heard.items():  # a trial at a time: each that is begun and not ended keeps files or processes open
+            for row in mine:
                 self.heard(row)
-        for entry in book.entries:
-            self.ended(entry.number)
+            self.ended(number)
 
     def heard(self, row: Mapping[str, Any]) -> None:
         """A report that is new."""
@@ -108,7 +124,7 @@ class Log:
         assert self._book is not None
         if number not in self._known:
             entry: Entry = self._book.entries[number]
-            self._known[number] = (entry.recipe.plain(), dict(entry.params))
+            self._known[number] = (_named(entry.recipe.plain()), _named(entry.params))
         for logger in self._loggers:
             logger.tell(number, self._known[number], row, ended)
         if ended:
@@ -220,6 +236,8 @@ class _Logger:
             self._ended.add(number)
             del self._open[number]
             self._note({"trial": number, "ended": ended})
+            while len(getattr(callback, "_trial_queues", ())) - len(self._open) > _MOST_ENDING and not self._over:
+                callback._cleanup_logging_actors(timeout=1)  # waits for those that upload
 
     def _shown(self, number: int, recipe: Mapping[str, Any] | None = None, proposed: Mapping[str, Any] | None = None) -> Shown:
         return Shown(f"{self._id}-{number}", number, self._search, recipe or {}, proposed or {}, str(self.folder / str(number)))
@@ -255,8 +273,9 @@ class _Logger:
 
 
 def _scrubbed(text: str) -> str:
-    """A text without the secrets of this process's environment, and without what stands before a host in a URL."""
+    """A text without the secrets of this process's environment and of URLs."""
     for name, value in os.environ.items():
-        if _SECRET.search(name) and len(value) > 3:
+        if SECRET.search(name) and len(value) > 3:
             text = text.replace(value, "***")
+    text = re.sub(rf"([?&][^=&\s]*(?:{SECRET.pattern})[^=&\s]*=)[^&\s]*", r"\1***", text, flags=re.IGNORECASE)
     return re.sub(r"://[^/\s@]*@", "://***@", text)

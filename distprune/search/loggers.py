@@ -4,16 +4,18 @@ An entry makes the callback of a search of the given name. Who calls it is `log.
 """
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any, Literal
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 from distprune.core.registry import Choice
 from distprune.errors import UserError
 from distprune.search.tables import logger
 
 _SECRETS = {"api_key": "WANDB_API_KEY", "tracking_token": "MLFLOW_TRACKING_TOKEN", "password": "MLFLOW_TRACKING_PASSWORD"}
+SECRET = re.compile(r"key|token|password|secret", re.IGNORECASE)  # names of what is nobody's to see
 
 
 @logger("tensorboard", paper="Abadi et al. 2016, arXiv:1605.08695", packages=("tensorboardX",), show="tensorboard --logdir {folder}")
@@ -71,17 +73,32 @@ def read_loggers(value: Any, where: str) -> tuple[Choice, ...]:
         raise UserError(f"{where} must name a logger once, got '{twice[0]}' {names.count(twice[0])} times. Leave the others out.")
     for choice in choices:
         for key, option in choice.options.items():
-            if isinstance(option, str) and "://" in option and urlsplit(option).password is not None:
-                raise UserError(
-                    f"{where} {choice.name}: {key} must hold no password, as it is written into search.yaml. Take it out of the URL, and "
-                    "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD."
-                )
+            if isinstance(option, str) and "://" in option:
+                _check_url(option, f"{where} {choice.name}: {key}")
     return choices
+
+
+def _check_url(text: str, what: str) -> None:
+    """Raise UserError, which does not repeat it, for a URL with a secret, or with what cannot be told from one, such as a user."""
+    try:
+        url = urlsplit(text)
+    except ValueError:
+        raise UserError(f"{what} must be a URL, got one that cannot be read. Write it as https://HOST:5000.") from None
+    if "@" in url.netloc or any(SECRET.search(name) for name, _ in parse_qsl(url.query, keep_blank_values=True)):
+        raise UserError(
+            f"{what} must hold no password, as it is written into search.yaml. Take it out of the URL, and set MLFLOW_TRACKING_USERNAME "
+            "and MLFLOW_TRACKING_PASSWORD; or leave it out, and set MLFLOW_TRACKING_URI."
+        )
+
+
+def missing_package(choice: Choice) -> str:
+    """The package that a logger needs and that is not installed here; empty if there is none."""
+    return next((package for package in choice.entry.facts["packages"] if find_spec(package) is None), "")
 
 
 def check_loggers(choices: Sequence[Choice]) -> None:
     """Raise UserError for a logger whose package is not installed here."""
     for choice in choices:
-        if missing := [package for package in choice.entry.facts["packages"] if find_spec(package) is None]:
-            needs = f"log: {choice.name} needs the package {missing[0]}, which is not installed."
-            raise UserError(f"{needs} Write: pip install {missing[0]}, or leave {choice.name} out.")
+        if missing := missing_package(choice):
+            needs = f"log: {choice.name} needs the package {missing}, which is not installed."
+            raise UserError(f"{needs} Write: pip install {missing}, or leave {choice.name} out.")

@@ -65,7 +65,7 @@ class Recorded:
         folder = RunFolder.existing(path)
         folder.check_real("simulated from")
         self.path = str(folder)
-        self._shared = Search.read(read_yaml(folder.search_yaml).get("search")).shared
+        self._shared = Search.of_run(read_yaml(folder.search_yaml).get("search")).shared
         rows = read_trials(folder.trials).to_pylist() if folder.trials.exists() else []
         reports: dict[int, list[dict[str, Any]]] = {}
         for report in read(folder.reports).to_pylist():

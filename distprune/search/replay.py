@@ -111,7 +111,7 @@ def _again(
     """A trial run again up to its last report: how it came out and, if that is asked for, its `network`; None where it ended before."""
     facts = read_facts(folder)
     recorded = _recorded(folder, trial)
-    search = Search.read(facts["search"])
+    search = Search.of_run(facts["search"])
     plain, judged = _recipe(folder, trial)
     recipe = Recipe.read(plain)
     threads, here = torch.get_num_threads(), os.getcwd()

@@ -64,7 +64,7 @@ def trials_in_database(folder: RunFolder) -> list[FrozenTrial] | None:
         return None
     from distprune.store.connection import read_study
 
-    search = Search.read(facts.get("search"))
+    search = Search.of_run(facts.get("search"))
     return read_study(search.study or "", _names(facts, folder)[0])
 
 

@@ -6,6 +6,7 @@ Where the disk is full, whoever writes waits until there is space: nothing is lo
 import errno
 import fcntl
 import os
+import platform
 import shutil
 import time
 import uuid
@@ -25,6 +26,7 @@ _sleep = time.sleep
 _told: list[Told] = []
 
 _TRY_AGAIN_S = 2.0
+_ASKED_S, _ASK_AGAIN_S = 0.2, 0.02  # a lock that is only being asked after is free again by then
 
 
 def append(path: str | Path, data: bytes, *, sync: bool = False) -> None:
@@ -142,17 +144,35 @@ def lock(folder: Path, *, wait: bool = False) -> Iterator[None]:
     Raises UserError if it is taken, unless that is waited for.
     """
     with open(folder / ".lock", "a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except OSError as error:
-            file.seek(0)
-            holder = file.read().strip() or "unknown"
-            raise UserError(f"{folder} is in use by process {holder}. Wait for it, or end it and try again.") from error
+        until = time.monotonic() + _ASKED_S
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+                break
+            except OSError as error:
+                if time.monotonic() < until:
+                    _sleep(_ASK_AGAIN_S)
+                    continue
+                file.seek(0)
+                holder = file.read().strip() or "unknown"
+                raise UserError(f"{folder} is in use by process {holder}. Wait for it, or end it and try again.") from error
         file.seek(0)
         file.truncate()
-        file.write(str(os.getpid()))
+        file.write(f"{os.getpid()} on {platform.node()}")
         file.flush()
         yield
+
+
+def is_locked(folder: Path) -> bool | None:
+    """Whether a process of this machine holds a run folder; None where that cannot be told, as the last to hold it was on another one."""
+    try:
+        with open(folder / ".lock") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return False if file.read().endswith(f" on {platform.node()}") else None
+    except BlockingIOError:
+        return True
+    except (OSError, ValueError):  # there is no lock, or the file system knows none
+        return None
 
 
 def _write_all(descriptor: int, data: bytes) -> None:

@@ -149,12 +149,9 @@ class RunFolder:
         return self.path / "report.html"
 
     @property
-    def driver(self) -> int | None:
-        """The process that drives the search, or did last, perhaps on another machine; None where none has."""
-        try:
-            return int((self.path / ".lock").read_text())
-        except (OSError, ValueError):
-            return None
+    def is_driven(self) -> bool | None:
+        """Whether a driver is at work on the search; None where it cannot be asked: of a copy, or on another machine."""
+        return None if self.url else files.is_locked(self.path)
 
     @property
     def full(self) -> Path:

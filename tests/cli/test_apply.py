@@ -262,3 +262,38 @@ def test_an_error_leaves_the_network_as_it_was() -> None:
     with pytest.raises(UserError, match="extra"):
         dp.apply(masks, model, weights="in.safetensors")
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_tensors_of_another_shape_are_left_out_when_asked(own: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """And the strict error is about them, not about something else, such as the layers without a mask."""
+    masks = Masks({"0.weight": _masks()["0.weight"]})
+    masks.save("m.safetensors")
+    state = {**_network().state_dict(), "3.weight": torch.ones(9, 6)}
+    save_file(state, "in.safetensors")
+    command = ["m.safetensors", "--model", f"{own}:network", "--weights", "in.safetensors", "--to", "out.safetensors"]
+    error = _error(capsys, *command)
+    line = "'3.weight' must be shaped like its place in the network, (4, 6), got (9, 6)."
+    assert f"in.safetensors: {line}" in error and "--partial" in error and "without a mask" not in error
+    built = dp.apply(masks, f"{own}:network").model[3].weight
+    found = dp.apply(masks, f"{own}:network", weights="in.safetensors", strict=False)
+    assert torch.equal(found.model[3].weight, built) and torch.equal(found.model[0].weight, state["0.weight"] * masks["0.weight"])
+    assert found.lines()[1:] == [line] and not found.unread and not found.unset
+    assert main(["apply", *command, "--partial"]) == 0
+    assert line in " ".join(capsys.readouterr().out.split())
+    assert torch.equal(load_file("out.safetensors")["3.weight"], state["3.weight"])
+
+
+def test_what_cannot_go_on_is_not_told_how_to(own: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Masks({"0.weight": _masks()["0.weight"]}).save("m.safetensors")
+    save_file({"stem.bias": torch.ones(9), "1.bias": torch.ones(9)}, "other.safetensors")
+    error = _error(capsys, "m.safetensors", "--model", f"{own}:network", "--weights", "other.safetensors", "--partial")
+    assert "'1.bias' must be shaped like" in error and "'stem.bias'" in error and "--partial" not in error and "without a mask" not in error
+
+
+def test_a_file_that_cannot_be_written_leaves_the_network_as_it_was(place: Path) -> None:
+    model, masks = _network(), _masks()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(UserError, match="cannot be written: .* Choose another with --to."):
+        dp.apply(masks, model, to="a" * 240 + ".safetensors")  # with what is added while it is written, longer than names can be
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not list(place.glob("*a.safetensors*"))

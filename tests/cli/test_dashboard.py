@@ -25,7 +25,7 @@ from toys import REPOSITORY
 import distprune.store.files as files
 from distprune.cli import main
 from distprune.errors import UserError
-from distprune.report.dashboard import Dashboard
+from distprune.report.dashboard import Dashboard, _names
 from distprune.store.folder import RunFolder
 from distprune.store.readonly import Refused, open_study
 from distprune.store.study import Truth
@@ -91,6 +91,11 @@ def test_the_study_is_shown_with_its_trials(run: RunFolder) -> None:
     assert [trial["state"] for trial in detail["trials"]] == ["Complete", "Complete", "Running"]
     assert [trial["values"] for trial in detail["trials"][:2]] == [[0.9, 0.5], [0.8, 0.5]]
     assert detail["objective_names"] == ["objective", "share of params"]
+
+
+def test_a_cost_whose_module_is_not_here_is_called_as_the_search_calls_it(run: RunFolder) -> None:
+    run.search_yaml.write_text(json.dumps({"search": {"minimize": ["params", {"import": "gone:watts"}]}, "rungs": [], "environment": {}}))
+    assert _names(run) == ["objective", "share of params", "share of gone:watts"]
 
 
 WRITES = [

@@ -14,6 +14,7 @@ import distprune as dp
 from distprune import api
 from distprune.cli import main
 from distprune.core.masks import Masks
+from distprune.export.reading import digest, facts_of
 from distprune.result import Result
 from distprune.search import driver
 from distprune.search.config import Search
@@ -119,17 +120,29 @@ def test_trials_without_masks(searched: Path, tmp_path: Path, capsys: pytest.Cap
     assert f"Trial {pruned.number} has no masks" in _error(capsys, str(copy), "--trial", str(pruned.number))
 
 
+def _seal(folder: Path) -> None:
+    """The manifest as it is for the masks that are there now."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"]["masks.safetensors"] = facts_of(folder / "masks.safetensors")
+    manifest["sha256"] = digest(manifest)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
 def test_masks_of_another_network(exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     copy = shutil.copytree(exported, tmp_path / "copy")
     masks = Masks.load(copy / "masks.safetensors")
     Masks({f"other.{name}": mask for name, mask in masks.items()}).save(copy / "masks.safetensors")
+    assert "is not the file that was exported" in _error(capsys, str(copy))
+    _seal(copy)
     assert "The masks are of another network: 'fc1.weight'" in _error(capsys, str(copy))
     Masks.ones(masks).save(copy / "masks.safetensors")
+    _seal(copy)
     assert "it keeps every weight" in _error(capsys, str(copy))
     (copy / "masks.safetensors").write_text("damaged")
+    _seal(copy)
     assert "is not a readable safetensors file of masks" in _error(capsys, str(copy))
     (copy / "masks.safetensors").unlink()
-    assert "Cannot read masks from" in _error(capsys, str(copy))
+    assert "masks.safetensors is missing, and the manifest" in _error(capsys, str(copy))
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"recipe": {}, "metrics": {"validation": {}}}'])

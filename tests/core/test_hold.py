@@ -162,3 +162,42 @@ def test_a_pattern_is_a_pattern_and_one_that_matches_nothing_is_refused() -> Non
         dp.prune(model, sparsity=0.5, exclude=["4"])
     with pytest.raises(UserError, match="model must be a torch.nn.Module, got str"):
         dp.prune("resnet18", sparsity=0.5)  # type: ignore[arg-type]
+
+
+def test_what_is_not_finite_is_held_at_zero_too() -> None:
+    """In weights, gradients and the optimizer's memory, where a product with zero would keep it."""
+    model = nn.Linear(2, 1, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    model.weight.data[0, 0] = optimizer.state[model.weight]["momentum_buffer"][0, 0] = float("inf")
+    with dp.hold(model, dp.Masks({"weight": torch.tensor([[False, True]])}), optimizer):
+        model.weight.grad = torch.tensor([[float("nan"), 1.0]])
+        optimizer.step()
+        assert optimizer.state[model.weight]["momentum_buffer"][0].tolist() == pytest.approx([0, 1.9])
+        assert model.weight.grad.tolist() == [[0, 1]] and model.weight[0, 0] == 0 and bool(model.weight.isfinite().all())
+
+
+def test_a_refused_optimizer_leaves_the_network_as_it_was() -> None:
+    model = network()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    masks = dp.prune(model, sparsity=0.9)
+    with pytest.raises(UserError, match="trains none of them"):
+        dp.hold(model, masks, torch.optim.SGD(network().parameters(), lr=0.1))
+    with pytest.raises(UserError, match="Write hold\\(model, masks, optimizer\\)"):
+        dp.hold(model, torch.optim.SGD(model.parameters(), lr=0.1), masks)  # type: ignore[arg-type]
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sparsity": "0.5"}, "sparsity must be a number, got '0.5'. To keep 10 % of the weights write sparsity=0.9."),
+        ({"sparsity": 0.5, "steps": -1}, "steps must be a number of at least 1, got -1."),
+        ({"sparsity": 0.5, "steps": 0}, "steps must be a number of at least 1, got 0."),
+    ],
+)
+def test_numbers_that_cannot_be(options: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        dp.prune(network(), **options)  # type: ignore[arg-type]
+    assert message in str(caught.value)

@@ -193,6 +193,24 @@ def test_sixteen_bits_become_eight_and_are_not_clipped(tmp_path: Path) -> None:
     assert np.array_equal(load(tmp_path, size=6).train.inputs[0, 0].numpy(), deep // 256)
 
 
+def test_a_deep_pgm_is_as_a_deep_png(tmp_path: Path) -> None:
+    deep = np.arange(36, dtype=np.uint16).reshape(6, 6) * 1800
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for index in range(3):
+            (tmp_path / name / f"{index}.pgm").write_bytes(b"P5 6 6 65535\n" + deep.astype(">u2").tobytes())
+    loaded = load(tmp_path, size=6)
+    assert loaded.shape == (1, 6, 6) and np.array_equal(loaded.train.inputs[0, 0].numpy(), deep // 256)
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.int32])
+@pytest.mark.parametrize("most", [1, 255, 60_000, 2**30])
+def test_pixels_of_unknown_range_are_refused(photos: Path, kind: type, most: int) -> None:
+    path = photos / "dogs" / "flat.tif"
+    Image.fromarray(np.linspace(0, most, 36).reshape(6, 6).astype(kind)).save(path)
+    refused([f"{path} must be a whole image", "have no known range; save it with 8 or 16 bits"], photos, size=6)
+
+
 def test_a_limit_takes_from_all_classes_of_train_alone(photos: Path) -> None:
     whole, part = load(photos, size=6), load(photos, size=6, limit=20)
     assert torch.equal(part.train.inputs, whole.train.inputs[:20]) and set(labels(part.train)) == {0, 1, 2}
@@ -265,7 +283,6 @@ def recipe(folder: Path) -> Recipe:
 
 def test_other_images_are_other_keys(photos: Path) -> None:
     def key() -> str:
-        module._content.cache_clear()  # as in a new process
         return root_key(recipe(photos), torch.device("cpu"))
 
     first = key()
@@ -275,6 +292,24 @@ def test_other_images_are_other_keys(photos: Path) -> None:
     renamed = key()
     picture(99).save(photos / "owls" / "999.png")
     assert len({first, renamed, key()}) == 3
+    added = key()
+    (photos / "cats" / "gone.png").symlink_to(photos / "nowhere.png")
+    assert key() == added and len(load(photos, size=6).train), "a link to nothing is no image"
+
+
+@pytest.mark.parametrize("ending", ["bmp", "pgm", "PPM", "tif", "tiff"])
+def test_other_pixels_in_a_file_of_the_same_size_are_another_key(photos: Path, ending: str) -> None:
+    path = photos / "owls" / f"x.{ending}"
+    mode = "L" if ending == "pgm" else "RGB"
+
+    def written(number: int, second: int) -> str:
+        picture(number, mode=mode).save(path)
+        os.utime(path, (second, second))
+        return root_key(recipe(photos), torch.device("cpu"))
+
+    first, size = written(1, 1), path.stat().st_size
+    other = written(2, 2)
+    assert path.stat().st_size == size and other != first and written(1, 3) == first
 
 
 def test_images_are_decoded_once_a_node(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

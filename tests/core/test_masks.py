@@ -228,3 +228,30 @@ def test_scales_and_root_mean_square_norms_pass_the_signal_on() -> None:
 
     model = Scaled()
     assert collapsed(model, Masks.ones(prunable(model)), torch.ones(1, 3)) == []
+
+
+def test_what_is_not_finite_is_removed_too() -> None:
+    """A product with zero would keep it."""
+    model = nn.Linear(3, 1, bias=False)
+    model.weight.data = torch.tensor([[float("inf"), float("nan"), 2.0]])
+    Masks({"weight": torch.tensor([[False, False, True]])}).apply_(model)
+    assert model.weight.tolist() == [[0, 0, 2]]
+
+
+def test_a_state_is_no_network_and_lazy_weights_have_no_shape() -> None:
+    masks = Masks({"weight": torch.ones(2, 3, dtype=torch.bool)})
+    with pytest.raises(UserError, match=r"Masks are for a torch.nn.Module, got OrderedDict. For a state: model.load_state_dict"):
+        masks.apply_(nn.Linear(3, 2).state_dict())  # type: ignore[arg-type]
+    lazy = nn.LazyLinear(2)
+    for call in (lambda: masks.apply_(lazy), lambda: dp.prune(lazy, sparsity=0.5)):
+        with pytest.raises(UserError, match=r"'weight' has none before the first pass. Run the network once: model\(inputs\)."):
+            call()
+    lazy(torch.zeros(1, 3))
+    assert dp.prune(lazy, sparsity=0.5).kept == 3
+
+
+@pytest.mark.parametrize("name", ["nodir/m.safetensors", "nodir/m.parquet", "m.pt", "m"])
+def test_masks_are_written_to_an_existing_folder_under_an_ending_that_says_what_they_are(name: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nodir is none. Make it first" if "/" in name else r"m(.pt)?. Write m.safetensors."):
+        _masks(_net()).save(tmp_path / name)
+    assert not list(tmp_path.iterdir())

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import distprune as dp
 from distprune.core.edits.resize import FewerHeads
 from distprune.core.edits.shrink import shrink
 from distprune.core.granularity.coupling import Group, Part, _heads, coupled
@@ -162,3 +163,17 @@ def test_a_shrunk_encoder_keeps_working_and_can_be_shrunk_again() -> None:
     assert [module.num_heads for module in smaller.modules() if isinstance(module, FewerHeads)] == [1, 1]
     assert torch.equal(pickle.loads(pickle.dumps(smaller))(x), smaller(x))
     smaller[1].layers[0].self_attn._reset_parameters()
+
+
+@pytest.mark.parametrize("frozen", [("0.weight",), ("0.weight", "0.bias", "2.weight", "2.bias")])
+def test_frozen_weights_are_taken_out_like_others_and_stay_frozen(frozen: tuple[str, ...]) -> None:
+    torch.manual_seed(0)
+    model, inputs = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)), torch.randn(3, 4)
+    masks = dp.prune(model, granularity="filter", sparsity=0.5, batches=[(inputs, torch.zeros(3, dtype=torch.long))])
+    due = dp.shrink(model, masks, inputs[:1])
+    for name in frozen:
+        model.get_parameter(name).requires_grad_(False)
+    small = dp.shrink(model, masks, inputs[:1])
+    assert small[0].weight.shape[0] < 6 and torch.equal(small(inputs), due(inputs))
+    assert {name for name, parameter in small.named_parameters() if not parameter.requires_grad} == set(frozen)
+    assert {name for name, parameter in model.named_parameters() if not parameter.requires_grad} == set(frozen)

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils import prune
-from toys import BASE
+from toys import BASE, ready
 
 import distprune as dp
 from distprune.core.masks import prunable
@@ -170,6 +170,24 @@ def test_the_recipe_runs_again_to_the_same_bits(folder: Path, outcome: Any) -> N
     again = dp.run(folder / "recipe.yaml")
     assert again.masks.equal(outcome.masks)
     assert all(torch.equal(value, outcome.model.state_dict()[name]) for name, value in again.model.state_dict().items())
+
+
+def test_the_recipe_of_a_stopped_network_does_not_say_that_it_makes_it_again(tmp_path: Path) -> None:
+    from distprune.core.executor import execute
+    from distprune.export.writing import export
+
+    run = ready("at_init", 0.5, model="mlp")
+    going = execute(run.plan, run.state, run.env)
+    for made in (1, 2):
+        next(going)
+        out = export(run, tmp_path / str(made), {}, formats=["recipe"])
+        due = f"Its full training; this network was stopped at report {made}"
+        assert (out / "recipe.yaml").read_text().startswith(f"# {due}: ")
+        assert f"{due}." in _manifest(out)["formats"]["recipe"]["notes"]
+    assert list(going)[-1].final
+    out = export(run, tmp_path / "end", {}, formats=["recipe"])
+    assert (out / "recipe.yaml").read_text().startswith("# Makes this network again: ")
+    assert not any("stopped" in note for note in _manifest(out)["formats"]["recipe"]["notes"])
 
 
 def test_both_files_of_masks_are_the_masks(folder: Path, outcome: Any) -> None:

@@ -1,7 +1,6 @@
 """The page in a browser, at the width of a desk and of a hand, light and dark."""
 
 import json
-import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -151,7 +150,6 @@ def test_a_live_page_reads_itself_again_at_the_same_place_and_ends_with_the_sear
 ) -> None:
     monkeypatch.setattr(page, "EVERY_S", 0.5)
     made = run_folder(tmp_path / "run", usual(40), ended=False)
-    (made.path / ".lock").write_text(str(os.getpid()))
 
     def write(live: bool, name: str) -> None:
         data = Data.read(made)
@@ -184,4 +182,24 @@ def test_a_held_page_waits(browser: Any, tmp_path: Path, monkeypatch: pytest.Mon
     asked = len(seen.asked)
     time.sleep(0.8)
     assert len(seen.asked) == asked and seen.page.inner_text("#hold") == "Go on"
+    seen.context.close()
+
+
+def test_a_live_page_is_given_up_for_its_age_when_it_is_read_and_not_for_how_long_it_was_open(
+    browser: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(page, "EVERY_S", 0.5)
+    made = run_folder(tmp_path / "run", fronted([trial(number) for number in range(4)]), ended=False)
+    data = Data.read(made)
+    page.write(data, page.draw(data)[:1], live=True)
+    seen = Seen(browser, made.report_html, size=DESK, theme="light")
+    seen.page.evaluate("() => { window.first = true; Date.now = () => 9e15; }")  # it was held, hidden or selected for an age
+    seen.until("window.first === undefined && document.getElementById('state')?.textContent === 'running, 4 trials'")
+    seen.context.close()
+    made.report_html.write_text(page.page(data, page.draw(data)[:1], live=True, now=time.time() - 120))
+    seen = Seen(browser, made.report_html, size=DESK, theme="light")
+    asked = len(seen.asked)
+    assert seen.page.inner_text("#state").endswith(", no longer followed")
+    time.sleep(0.7)
+    assert len(seen.asked) == asked
     seen.context.close()

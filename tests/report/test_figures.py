@@ -20,6 +20,7 @@ from distprune.report.figures.importance import gaps, importance
 from distprune.report.figures.layers import layers
 from distprune.report.figures.paradigms import paradigms
 from distprune.report.figures.sanity import sanity
+from distprune.report.headline import cards
 
 
 def _data(path: Path, rows: list[Row], **search: Any) -> Data:
@@ -36,16 +37,24 @@ def test_all_samples_that_were_run_are_somewhere_and_none_twice(tmp_path: Path) 
         trial(5, round_of=0, cost=900.0, spent=0.0, saved=900),  # was billed in trial 0
         trial(6, ended="duplicate", cost=1000.0, spent=0.0),
         trial(7, ended="running", cost=500.0, spent=500.0),
+        trial(8, ended="running", cost=500.0, spent=540.0, attempts=3),  # was promoted twice: 40 for scoring
     ]
     found = parts(_data(tmp_path, rows))
-    expected = {"useful": 1000.0 + 200.0 + 1000.0, "stopped": 400.0, "running": 500.0, "scoring": 100.0 + 100.0 + 50.0, "again": 700.0}
+    expected = {
+        "useful": 1000.0 + 200.0 + 1000.0,
+        "stopped": 400.0,
+        "running": 1000.0,
+        "scoring": 100.0 + 100.0 + 50.0 + 40.0,
+        "again": 700.0,
+    }
     assert {name: found[name] for name in expected} == expected and found["failed"] == 250.0 and found["shared"] == 800.0
     run = sum(value for name, value in found.items() if name not in ("shared", "stopping"))
     assert run == sum(row["spent"] for row in rows)
     # The finished one of paradigm 3 % 4 is none: the middle bill of those that finished is 1000.
     assert found["stopping"] == 1000.0 - 400.0
     drawn = compute(_data(tmp_path / "again", rows))
-    assert drawn.caption.startswith("Of 4.3 k samples run, 51.2% went into trials that finished and 22.1% was lost to failures;")
+    assert drawn.caption.startswith("Of 4.84 k samples run, 45.5% went into trials that finished and 19.6% was lost to failures;")
+    assert "; 2 minutes of workers in the last attempt of each trial" in cards(_data(tmp_path / "card", rows))
 
 
 def test_paradigms_are_compared_at_the_first_rung_by_the_score_there(tmp_path: Path) -> None:
@@ -69,6 +78,16 @@ def test_paradigms_are_compared_at_the_first_rung_by_the_score_there(tmp_path: P
     assert all(row[2] == pytest.approx(1 - json.loads(rows[row[1]]["recipe"])["sparsity"]) for row in drawn.rows), "what it is judged for"
 
 
+def test_a_share_of_flops_is_not_told_as_one_of_weights(tmp_path: Path) -> None:
+    def planned(number: int, **of: Any) -> Row:
+        row = trial(number, sparsity=0.9)
+        return {**row, "recipe": json.dumps({**json.loads(row["recipe"]), "sparsity": 0.6, **of})}
+
+    rows = [planned(0), planned(1, sparsity_of="params"), planned(2, sparsity_of="flops"), planned(3, sparsity_of={"name": "flops"})]
+    found = {row[1]: row[2] for row in paradigms(_data(tmp_path, rows)).rows}
+    assert found == {number: pytest.approx(density) for number, density in enumerate((0.4, 0.4, 0.1, 0.1))}
+
+
 def test_a_trial_is_behind_the_best_that_costs_no_more() -> None:
     costs = np.array([[0.1], [0.2], [0.2], [0.4]])
     assert gaps(np.array([0.7, 0.9, 0.8, 0.85]), costs).tolist() == pytest.approx([0.0, 0.0, -0.1, -0.05])
@@ -90,7 +109,9 @@ def test_importance_finds_the_choice_that_counts_and_nothing_where_none_does(eff
     above = [row[0] for row in drawn.rows if row[4]]
     assert above == (["criterion"] if effect else []), drawn.rows
     assert sum(row[2] for row in drawn.rows) == pytest.approx(1.0)
-    assert drawn.caption.startswith("criterion decided most" if effect else "No choice decides more than chance")
+    assert drawn.caption.startswith(
+        "criterion decided the most among those above chance, with" if effect else "No choice decides more than chance"
+    )
     assert {row[0]: row[1] for row in drawn.rows} == {"criterion": 120, "sgd/lr": 120, "lth/share": 60}
 
 
@@ -100,14 +121,20 @@ def test_layers_are_counted_against_the_masks_or_the_densest_trial(tmp_path: Pat
     folder = run_folder(tmp_path / "run", rows)
     counted = {row["number"]: json.loads(row["layers"]) for row in rows}
     most = {name: max(found[name] for found in counted.values()) for name in LAYERS}
-    assert [row[3] for row in layers(Data.read(folder)).rows] == [most[name] for _ in rows for name in LAYERS]
+    guessed = layers(Data.read(folder))
+    assert [row[3] for row in guessed.rows] == [most[name] for _ in rows for name in LAYERS]
+    assert "until then shares are of the most that any trial kept there" in guessed.note
+    middle_count = statistics.median(counted[row["number"]]["fc1.weight"] for row in rows)
+    assert guessed.caption == f"fc1.weight keeps the most weights, {middle_count:,.0f}: median over 3 trials of the front."
+    with_dense = layers(_data(tmp_path / "dense", fronted([*rows, dense(3)])))
+    assert "keeps the largest part" in with_dense.caption and "until then" not in with_dense.note, "a dense one has them all"
     save_file({name: ones(size).bool() for name, size in LAYERS.items()}, folder.masks_file(rows[0]["number"]))
     drawn = layers(Data.read(folder))
     assert [(row[0], row[1], row[2], row[3]) for row in drawn.rows] == [
         (row["number"], name, counted[row["number"]][name], LAYERS[name]) for row in rows for name in LAYERS
     ]
     middle = {name: statistics.median(counted[row["number"]][name] / LAYERS[name] for row in rows) for name in LAYERS}
-    assert drawn.caption.startswith("conv.weight keeps the largest part of its weights, 100%")
+    assert drawn.caption.startswith("conv.weight keeps the largest part of its weights, 100%") and "until then" not in drawn.note
     assert f"fc1.weight the smallest, {middle['fc1.weight']:.1%}" in drawn.caption
 
 
@@ -131,6 +158,8 @@ def test_what_is_not_on_the_front_says_why_and_limits_are_lines(tmp_path: Path) 
     assert drawn.figure is not None
     texts = [text for trace in drawn.figure.data if trace.name == "finished" for text in trace.text]
     assert [text for text in texts if "not on the front: floor" in text] and len(drawn.figure.layout.shapes) == 2
+    written = front(_data(tmp_path / "written", rows, budget={"cost": {"name": "params"}, "most": 0.3}))
+    assert written.figure is not None and len(written.figure.layout.shapes) == 1, "a cost with options is one too"
     flags = {row[0]: row[1] for row in drawn.rows}
     assert flags == {row["number"]: row["pareto"] for row in rows}
 

@@ -1,11 +1,14 @@
 """A page says what is in the run folder, for every state that a search can be in, and nothing in it can run or be fetched."""
 
 import base64
+import fcntl
 import hashlib
 import json
 import os
+import platform
 import re
 import time
+from contextlib import nullcontext
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,7 @@ from distprune.report import page
 from distprune.report.data import Data
 from distprune.report.drawn import Drawn, thinned
 from distprune.result import Result
+from distprune.store import files
 from distprune.store.folder import RunFolder
 from distprune.store.trials import write_trials
 
@@ -142,7 +146,10 @@ STATES: dict[str, tuple[list[Row], bool, dict[str, Any], dict[str, Any], set[str
         {"paradigms": "No pruned trial has been scored", "failures": "No trial failed."},
     ),
     "no front": ([_violated(0), _violated(1)], True, {"budget": {"cost": "params", "most": 0.1}}, {}, SOME, {}),
-    "simulated": (usual(), True, {}, SIMULATED, MOST, {"sanity": "no masks to check"}),
+    "simulated": (
+        usual(), True, {}, SIMULATED, MOST - {"compute"},
+        {"sanity": "no masks to check", "compute": "The search is simulated: nothing was run."},
+    ),
     "one objective": (usual(), True, {"minimize": []}, {}, MOST, {}),
     "several": (usual(), True, LIMITED, {}, MOST, {"sanity": "No mask was checked"}),
     "no rungs": (usual(), True, {"scheduler": "none"}, {"rungs": []}, MOST, {}),
@@ -159,6 +166,7 @@ def test_every_state_of_a_search_has_its_page(state: str, tmp_path: Path) -> Non
     found = Elements(text)
     assert not found.inside, "every element is closed"
     assert ("Simulated: trials were looked up" in found.text) == bool(facts.get("simulated"))
+    assert ("Samples run" in found.text) != ("Samples looked up" in found.text) == bool(facts.get("simulated"))
     assert ("distprune export" in found.text) == (state not in ("nothing", "running", "all failed", "no front", "simulated"))
 
 
@@ -213,29 +221,69 @@ def test_a_live_page_says_when_it_was_written_and_another_does_not(tmp_path: Pat
         assert json.loads(found.scripts[FACTS])["live"] == expected
 
 
-def _touch(folder: RunFolder, ages: dict[str, float]) -> bool:
+def _aged(folder: RunFolder, ages: dict[str, float]) -> Data:
     for path in folder.path.iterdir():
         os.utime(path, (0, 0))
     for name, age in ages.items():
         os.utime(folder.path / name, (time.time() - age,) * 2)
-    return Data.read(folder).running
+    return Data.read(folder)
+
+
+HERE, ELSEWHERE = "here", "1 on another.invalid"  # processes that live, and drive nothing
+CLOSED, RESUMED = {"reports.arrows": 5000.0, "reports.parquet": 4000.0}, {"reports.arrows": 4.0, "reports.parquet": 5.0}
 
 
 @pytest.mark.parametrize(
-    ("ages", "driver", "running"),
+    ("ages", "lock", "running", "told"),
     [
-        ({"reports.arrows": 5, "reports.parquet": 4}, None, False),  # closed after the last report
-        ({"reports.arrows": 4, "reports.parquet": 5}, None, True),  # resumed: reports since
-        ({"reports.arrows": 5000, "reports.parquet": 6000}, None, False),  # resumed and dead
-        ({"reports.arrows": 5000, "reports.parquet": 6000}, "own", True),  # its driver lives
-        ({"reports.arrows": 5000, "reports.parquet": 6000}, "2000000000", False),  # or does not
+        (CLOSED, None, False, "finished, 40 trials"),
+        (CLOSED, HERE, False, "finished, 40 trials"),
+        (CLOSED, "held", True, "running, 40 trials"),  # resumed, and nothing has reported yet
+        (RESUMED, "held", True, "running, 40 trials"),
+        (RESUMED, ELSEWHERE, True, "running, 40 trials"),
+        ({"reports.arrows": 5.0}, HERE, False, "interrupted, 40 trials"),  # its driver is gone, whatever lives under its number
+        ({"reports.arrows": 5.0}, "held", True, "running, 40 trials"),
+        ({"reports.arrows": 5.0}, ELSEWHERE, True, "running, 40 trials"),
+        ({"reports.arrows": 301.0}, ELSEWHERE, True, "last heard 5 min ago, 40 trials"),  # between two reports
+        ({"reports.arrows": 301.0}, None, True, "last heard 5 min ago, 40 trials"),
+        ({"reports.arrows": 3 * 3600.0}, ELSEWHERE, False, "last heard 3 hours ago, 40 trials"),
     ],
 )
-def test_a_search_runs_while_its_driver_does(ages: dict[str, float], driver: str | None, running: bool, tmp_path: Path) -> None:
-    folder = run_folder(tmp_path / "run", usual())
-    if driver is not None:
-        (folder.path / ".lock").write_text(str(os.getpid()) if driver == "own" else driver)
-    assert _touch(folder, ages) is running
+def test_a_search_runs_while_its_driver_holds_it(
+    ages: dict[str, float], lock: str | None, running: bool, told: str, tmp_path: Path
+) -> None:
+    folder = run_folder(tmp_path / "run", usual(), ended="reports.parquet" in ages)
+    if lock not in (None, "held"):
+        (folder.path / ".lock").write_text(f"{os.getpid()} on {platform.node()}" if lock == HERE else str(lock))
+    with files.lock(folder.path) if lock == "held" else nullcontext():
+        data = _aged(folder, ages)
+    assert data.running is running
+    text = page.page(data, [])
+    assert f'id="state">{told}</span>' in text
+    assert ("If it is not at work on another machine, go on with: " in text) == (told.startswith("last") and not running)
+
+
+def test_a_search_at_a_url_is_waited_for(tmp_path: Path) -> None:
+    here = RunFolder(run_folder(tmp_path / "run", usual(), ended=False).path, "s3://bucket/runs/run")
+    for age, running, told in ((5, True, "running"), (600, True, "last heard 10 min ago"), (1000, False, "last heard 17 min ago")):
+        data = _aged(here, {"trials.parquet": age})
+        assert data.running is running and f'id="state">{told}, ' in page.page(data, [])
+
+
+def test_to_ask_after_a_driver_does_not_keep_one_from_starting(tmp_path: Path) -> None:
+    with open(tmp_path / ".lock", "w") as asking:
+        fcntl.flock(asking, fcntl.LOCK_SH)
+        naps: list[float] = []
+
+        def nap(seconds: float) -> None:
+            naps.append(seconds)
+            fcntl.flock(asking, fcntl.LOCK_UN)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(files, "_sleep", nap)
+            with files.lock(tmp_path):
+                assert files.is_locked(tmp_path) is True and len(naps) == 1
+    assert files.is_locked(tmp_path) is False
 
 
 def test_a_table_that_is_replaced_while_it_is_read_is_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

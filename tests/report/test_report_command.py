@@ -1,12 +1,11 @@
 """`distprune report`: the page, a page that follows a search, and files of each figure; a search leaves its page behind."""
 
 import csv
-import os
 import re
 import shutil
 import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from made_runs import fronted, reports, run_folder, trial, usual
 
 from distprune import api
 from distprune.cli import main
+from distprune.errors import UserError
 from distprune.report import page, watch
 from distprune.result import Result
 from distprune.search import driver
@@ -106,9 +106,56 @@ def test_a_page_that_cannot_be_written_is_one_line(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(files, "_write", full)
-    assert main(["report", str(folder)]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith(f"Error: {folder.report_html} cannot be written: No space left on device.") and error.count("\n") == 1
+    assert main(["report", str(folder)]) == 0
+    output = capsys.readouterr().out
+    assert f"Pareto front of {folder}"[:40] in output
+    assert output.splitlines()[-1].startswith(f"No page: {folder.report_html} cannot be written: No space left on device.")
+
+
+def test_a_folder_that_cannot_be_written_has_its_figures_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = run_folder(tmp_path / "run", usual())
+    monkeypatch.setitem(sys.modules, "kaleido", None)
+    _unwritable(monkeypatch)
+    assert main(["report", str(folder), "--to", str(tmp_path / "command")]) == 0
+    assert "7 tables: " in (output := capsys.readouterr().out) and "No page: " in output
+    with pytest.raises(UserError, match="cannot be written: Read-only file system"):
+        Result(folder).report(to=tmp_path / "python")
+    names = [{path.name for path in (tmp_path / to).iterdir()} for to in ("command", "python")]
+    assert names[0] == names[1] and "front.csv" in names[0]
+
+
+def _unwritable(monkeypatch: pytest.MonkeyPatch, fails: Callable[[], bool] = lambda: True) -> None:
+    """Pages cannot be written while `fails`."""
+    publish = files.publish
+
+    def refuse(path: Path, data: bytes, **options: Any) -> None:
+        if Path(path).name == "report.html" and fails():
+            raise OSError(30, "Read-only file system")
+        publish(path, data, **options)
+
+    monkeypatch.setattr(files, "publish", refuse)
+
+
+def test_following_goes_on_after_a_page_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = run_folder(tmp_path / "run", usual(), ended=False)
+    naps: list[float] = []
+    monkeypatch.setattr(watch.time, "sleep", naps.append)
+    _unwritable(monkeypatch, lambda: len(naps) in (1, 2, 4))
+    warned: list[str] = []
+    heard: list[int] = []
+
+    def listen(path: Path, live: bool) -> None:
+        heard.append(len(naps))
+        if len(heard) == 3:
+            to_parquet(folder.reports, folder.reports_parquet)
+
+    assert watch.watch(folder.path, listen=listen, warn=warned.append) == folder.report_html
+    assert heard == [0, 3, 5, 6] and len(warned) == 2, "once for each time that it stopped being possible"
+    naps[:] = [0.0]
+    with pytest.raises(UserError, match="cannot be written"):
+        watch.watch(folder.path, listen=listen)
 
 
 def test_a_watched_page_is_written_anew_until_the_search_ends(
@@ -116,7 +163,8 @@ def test_a_watched_page_is_written_anew_until_the_search_ends(
 ) -> None:
     rows = usual(30)
     folder = run_folder(tmp_path / "run", [{**row, "ended": "running"} if row["number"] == 29 else row for row in rows], ended=False)
-    (folder.path / ".lock").write_text(str(os.getpid()))
+    driver = ExitStack()
+    driver.enter_context(files.lock(folder.path))
     seen: list[tuple[bool, int]] = []
 
     def sleep(seconds: float) -> None:
@@ -128,6 +176,7 @@ def test_a_watched_page_is_written_anew_until_the_search_ends(
             write_trials(folder.trials, rows)
         else:
             to_parquet(folder.reports, folder.reports_parquet)
+            driver.close()
 
     monkeypatch.setattr(watch.time, "sleep", sleep)
     assert main(["report", str(folder), "--watch"]) == 0
@@ -140,7 +189,6 @@ def test_a_watched_page_is_written_anew_until_the_search_ends(
 
 def test_ctrl_c_ends_the_following_and_the_last_page_reads_itself_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = run_folder(tmp_path / "run", usual(), ended=False)
-    (folder.path / ".lock").write_text(str(os.getpid()))
 
     def interrupt(seconds: float) -> Iterator[None]:
         raise KeyboardInterrupt
@@ -177,6 +225,3 @@ def test_the_page_of_a_copy_says_so(tmp_path: Path) -> None:
     assert Result(here).report() == made.report_html
     text = made.report_html.read_text()
     assert "This page is of a copy of the run" in text and "export s3://bucket/runs/run --trial" in text
-    old = time.time() - 3600
-    os.utime(made.trials, (old, old))
-    assert "interrupted" in Result(RunFolder(run_folder(tmp_path / "open", usual(), ended=False).path)).report().read_text()

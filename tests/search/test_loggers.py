@@ -20,6 +20,7 @@ from distprune.errors import UserError
 from distprune.search import driver, log
 from distprune.search.config import Search
 from distprune.search.finale import close_tables
+from distprune.search.recorded import Recorded
 from distprune.search.simulate import Simulator
 from distprune.search.trial import Job
 from distprune.store.folder import RunFolder
@@ -46,7 +47,7 @@ class Recorder:
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any]) -> None:
         if len(self.calls) == Recorder.fails_at:
-            raise ConnectionError("https://me:hunter2@example is not there, the key sesame-open is of no use")
+            raise ConnectionError("https://me:hunter2@example/?a=b&password=hunter2&c is not there, the key sesame-open is of no use")
         self.calls.append(("result", trial.number, result))
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any) -> None:
@@ -299,6 +300,44 @@ def test_wandb_has_one_run_a_trial_under_an_id_that_outlives_the_driver(tmp_path
         assert len(told) == 2 * len(reports(folder)[int(name.removeprefix("s-"))]), "all again: W&B takes each step once"
 
 
+def test_a_resume_begins_few_processes_of_wandb_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of trials that ended long ago, which it tells again: W&B takes its time for each."""
+    pytest.importorskip("wandb")
+    from ray.air.integrations.wandb import WandbLoggerCallback
+
+    most = 0
+
+    def begin(self: Any, trial: Any, exclude_results: list[str], **options: Any) -> None:
+        nonlocal most
+        self._trial_logging_actors[trial] = None
+        self._trial_queues[trial] = queue.Queue()
+        most = max(most, len(self._trial_queues))
+
+    def clean(self: Any, timeout: int = 0, kill_on_timeout: bool = False) -> None:
+        for trial in (
+            [trial for trial, told in self._trial_queues.items() if told.queue and told.queue[-1][0].name == "END"] if timeout else ()
+        ):
+            del self._trial_queues[trial], self._trial_logging_actors[trial]
+
+    monkeypatch.setattr(WandbLoggerCallback, "_start_logging_actor", begin)
+    monkeypatch.setattr(WandbLoggerCallback, "_cleanup_logging_actors", clean)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    folder = start(search(tmp_path, trials=30, log=[{"name": "wandb", "mode": "offline"}]), workers=4)
+    notes = folder.path / "logs" / "wandb" / "told.jsonl"
+    notes.write_bytes(notes.read_bytes().replace(b"flushed", b"died"))
+    most = 0
+    resume(folder.path)
+    assert len(reports(folder)) > 20 and 1 < most <= 10
+
+
+def test_keys_are_such_as_mlflow_takes(tmp_path: Path) -> None:
+    allocator = {"name": "per_layer", "shares": {"*": 0.5, "[68]*": 0.25}}
+    space = {"paradigm": ["at_init"], "criterion": ["magnitude"], "allocator": [allocator]}
+    start(search(tmp_path, trials=2, space=space, log=[OWN]))
+    recipes = [call[2] for call in Recorder.calls if call[0] == "start"]
+    assert recipes and all(found["allocator"]["shares"] == {"_2a_": 0.5, "_5b_68_5d__2a_": 0.25} for found in recipes)
+
+
 # What is refused.
 
 
@@ -313,6 +352,14 @@ def test_wandb_has_one_run_a_trial_under_an_id_that_outlives_the_driver(tmp_path
         ([{"name": "wandb", "api_key": "hush-hush"}], ["must hold no secrets", "got api_key", "set WANDB_API_KEY"]),
         ([{"name": "mlflow", "tracking_token": "hush-hush"}], ["must hold no secrets", "set MLFLOW_TRACKING_TOKEN"]),
         ([{"name": "mlflow", "tracking_uri": "https://me:hush-hush@host/"}], ["must hold no password", "MLFLOW_TRACKING_PASSWORD"]),
+        (
+            [{"name": "mlflow", "tracking_uri": "postgresql://host/db?user=me&password=hush-hush"}],
+            ["must hold no password", "set MLFLOW_TRACKING_URI"],
+        ),
+        ([{"name": "mlflow", "tracking_uri": "https://host/?api_Key=hush-hush"}], ["must hold no password"]),
+        ([{"name": "mlflow", "tracking_uri": "https://hush-hush@host"}], ["must hold no password"]),
+        ([{"name": "mlflow", "tracking_uri": "http://[::1"}], ["search.log mlflow: tracking_uri must be a URL"]),
+        ([{"name": "mlflow", "tracking_uri": "http://me:hush-hush@[x]/"}], ["must be a URL"]),
         ([{"name": "wandb", "mode": "silent"}], ["'silent'", "disabled, offline, online"]),
     ],
 )
@@ -330,6 +377,31 @@ def test_a_missing_package_is_named_before_anything_starts(tmp_path: Path, monke
     with pytest.raises(UserError, match=f"log: {name} needs the package {package}, .* Write: pip install {package}"):
         start(search(tmp_path / "runs", log=[name]))
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_package_that_is_missing_where_a_search_goes_on_leaves_the_logger_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = start(search(tmp_path, trials=2, log=[OWN, "tensorboard"]))
+    written = yaml.safe_load(folder.search_yaml.read_text())["search"]["log"]
+    monkeypatch.setattr("distprune.search.loggers.find_spec", lambda wanted: None)
+    events: list[tuple[str, dict[str, Any]]] = []
+    engine = Simulator(curve, workers=2)
+    driver.resume(folder.path, limits={"trials": 4}, engine=engine, listen=lambda *event: events.append(event))
+    [message] = [facts["message"] for event, facts in events if event == "logger"]
+    assert "log tensorboard is left out, as tensorboardX is not installed here" in message and "resume" in message and "\n" not in message
+    assert results(Recorder.calls) == recorded(folder), "the other one hears on"
+    assert yaml.safe_load(folder.search_yaml.read_text())["search"]["log"] == written, "it is told the rest where it can be"
+
+
+def test_those_who_do_not_log_need_no_logger_of_the_users_own(tmp_path: Path) -> None:
+    folder = start(search(tmp_path, trials=12, scheduler="none"))
+    facts = yaml.safe_load(folder.search_yaml.read_text())
+    facts["search"]["log"] = [{"import": "module_that_is_gone:logger"}]
+    folder.search_yaml.write_text(yaml.safe_dump(facts))
+    with pytest.raises(UserError, match="cannot import 'module_that_is_gone'"):
+        resume(folder.path)
+    assert Search.of_run(facts["search"]) == search(tmp_path, trials=12, scheduler="none")
+    assert Recorded(folder.path).trials == 12
+    assert start(search(tmp_path, name="next", trials=2, sampler="tpe", learn_from=[str(folder.path)])).learned.exists()
 
 
 def test_check_says_that_a_package_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +24,9 @@ ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".pgm", ".ppm", ".tif", ".ti
 SPLITS = {"train": ("train",), "validation": ("validation", "val", "valid"), "test": ("test",)}  # what their folders may be called
 MOST_SIZE = 1024
 MOST_THREADS = 8  # that decode
-_GREY = ("1", "L", "LA", "I;16", "I;16B")  # Pillow's modes
+_AS_LARGE = (".bmp", ".pgm", ".ppm", ".tif", ".tiff")  # whatever their pixels are, files of these are of one size
+_GREY = ("1", "L", "LA", "I;16", "I;16B", "I")  # Pillow's modes
+_SCALED = ("PNG", "PPM")  # formats whose pixels Pillow scales to 16 bits where its mode is I
 
 Colour = Literal["auto", "grey", "rgb"]
 
@@ -34,16 +37,27 @@ def files(choice: Choice) -> list[Path]:
 
 
 @functools.cache
-def _content(folder: str) -> str:
-    root = Path(folder).expanduser()
-    names = [[path.relative_to(root).as_posix(), path.stat().st_size] for path in _images(root)]
-    return hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16]
+def _digest(path: str, changed: tuple[int, int]) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def _told(path: str, facts: os.stat_result, root: str) -> list[Any]:
+    told = [path.removeprefix(root), facts.st_size]
+    return [*told, _digest(path, (facts.st_mtime_ns, facts.st_ctime_ns))] if path.lower().endswith(_AS_LARGE) else told
 
 
 def content(choice: Choice) -> str:
-    """What tells the images of a choice from others under the same path: names and sizes, which are the same on every node."""
+    """What tells the images of a choice from others under the same path, the same on every node.
+
+    Names and sizes; of files whose size says nothing about their pixels, a digest, too.
+    """
     folder = choice.option("folder")
-    return _content(os.path.abspath(os.path.expanduser(folder))) if folder else ""
+    if not folder:
+        return ""
+    root = os.path.abspath(os.path.expanduser(folder))
+    told = [_told(path, facts, f"{root.rstrip('/')}/") for path, facts in _listed(root)]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
 
 
 @data("image_folder", files=files, content=content)
@@ -98,12 +112,23 @@ class _Found:
 
 
 def _images(folder: Path) -> list[Path]:
-    """The images below a folder, sorted as text of their path in it: systems list files in any order. Hidden ones are none."""
+    return [Path(path) for path, _ in _listed(str(folder))]
+
+
+def _listed(folder: str) -> list[tuple[str, os.stat_result]]:
+    """The images below a folder with what the system says of them, sorted as text of their paths: systems list files in any order.
+
+    Hidden ones are none, nor are links to what is not there.
+    """
     found = []
     for where, below, names in os.walk(folder):
         below[:] = [name for name in below if not name.startswith(".")]
-        found += [Path(where, name) for name in names if name.lower().endswith(ENDINGS) and not name.startswith(".")]
-    return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
+        for name in names:
+            if name.lower().endswith(ENDINGS) and not name.startswith("."):
+                path = os.path.join(where, name)
+                with suppress(FileNotFoundError):
+                    found.append((path, os.stat(path)))
+    return sorted(found)
 
 
 def _subfolders(folder: Path) -> dict[str, Path]:
@@ -213,7 +238,9 @@ def _reader(size: int, grey: bool) -> Callable[[Path], tuple[Any, bool]]:
                 was_grey = file.mode in _GREY
                 file.draft(None, (2 * size, 2 * size))  # a photo need not be decoded in full
                 image: Any = ImageOps.exif_transpose(file)
-                if image.mode.startswith("I;16"):  # Pillow's conversion would clip
+                if image.mode == "F" or (image.mode == "I" and file.format not in _SCALED):
+                    raise ValueError(f"pixels of mode {image.mode} have no known range; save it with 8 or 16 bits")
+                if image.mode.startswith("I"):  # Pillow's conversion would clip
                     image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
                 image = (image.convert("L") if grey else image).convert("RGB")
         except Exception as error:  # Pillow raises a different kind for each way to be broken

@@ -60,14 +60,24 @@ HEAD = '''"""The slim network of this export, with torch alone.
 """
 
 import json
+import runpy
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
-import model
+folder = Path(__file__).resolve().parent
+places = sys.path
+sys.path = ["", *(place for place in places if Path(place).resolve() != folder)]  # a network of your own is imported from where you are
+try:
+    model = SimpleNamespace(**runpy.run_path(str(folder / "model.py")))
+finally:
+    sys.path = places
+
 '''
 BUILD = '''
 
 def build() -> nn.Module:
     """The network that slim.safetensors fits."""
-    structure = json.loads((Path(__file__).parent / "slim.json").read_text())
+    structure = json.loads((folder / "slim.json").read_text())
     return resized(model.build(), structure["shapes"])
 '''

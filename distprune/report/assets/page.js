@@ -67,15 +67,15 @@
     hold.className = "";
     hold.addEventListener("click", () => { held = !held; distprune.set("sessionStorage", distprune.HELD, held ? "yes" : "no"); tell(); });
     tell();
-    const timer = setInterval(() => {
-      if (Date.now() / 1000 - live.written > 20 * live.every + 60) { // whoever wrote it is gone
-        clearInterval(timer);
-        document.getElementById("state").textContent += ", no longer followed";
-      } else if (!held && !document.hidden && String(getSelection()) === "") {
+    if (Date.now() / 1000 - live.written > 20 * live.every + 60) { // whoever wrote it is gone: judged as it is read, for a held page ages by itself
+      document.getElementById("state").textContent += ", no longer followed";
+    } else {
+      setInterval(() => {
+        if (held || document.hidden || String(getSelection()) !== "") return;
         history.scrollRestoration = "manual";
         keep();
         location.reload();
-      }
-    }, 1000 * live.every);
+      }, 1000 * live.every);
+    }
   }
 })();

@@ -38,7 +38,7 @@ def parts(data: Data) -> dict[str, float]:
         if row["ended"] in FAILED:
             found["failed"] += spent
             continue
-        found["again" if (row["attempts"] or 1) > 1 else "scoring"] += beside
+        found["again" if row["number"] in data.died else "scoring"] += beside
         found[row["ended"] if row["ended"] in ("stopped", "running") else "useful"] += spent - beside
         found["shared"] += saved
     found["stopping"] = _stopping(data)
@@ -62,10 +62,11 @@ def compute(data: Data) -> Drawn:
     """A bar a part."""
     found = {name: value for name, value in parts(data).items() if value > 0}
     run = sum(found.get(name, 0.0) for name in _RUN)
-    columns, rows = ("part", "what", "samples", "was run"), [[name, _PARTS[name][0], value, name in _RUN] for name, value in found.items()]
+    columns = ("part", "what", "samples", "was run")
+    rows = [[name, _PARTS[name][0], value, name in _RUN and data.simulated is None] for name, value in found.items()]
     drawn: dict[str, Any] = {"name": "compute", "title": "Where the compute went", "columns": columns, "rows": rows}
-    if not run:
-        return Drawn(**drawn, caption="Nothing was run yet." if not data.simulated else "The search is simulated: nothing was run.")
+    if data.simulated is not None or not run:
+        return Drawn(**drawn, caption="Nothing was run yet." if data.simulated is None else "The search is simulated: nothing was run.")
     names = list(reversed(found))
     chart = figure(
         [

@@ -1,6 +1,5 @@
 """Failures by class: how trials ended that have no result, and why."""
 
-import json
 from collections import Counter
 from typing import Any
 
@@ -24,7 +23,7 @@ def failures(data: Data) -> Drawn:
     counts = Counter(str(row["ended"]) for row in data.failed)
     rows = [[row["number"], row["ended"], row["paradigm"], row["reason"]] for row in data.failed]
     drawn: dict[str, Any] = {"name": "failures", "title": "Failures", "columns": ("trial", "class", "paradigm", "reason"), "rows": rows}
-    died = sum(bool(json.loads(text or "[]")) for text in data.table["deaths"].to_pylist())
+    died = len(data.died)
     retried = f" Workers of {many(died, 'trial')} died, and the trials went on or were ended." if died else ""
     if not counts:
         return Drawn(**drawn, caption=("No trial failed." if data.rows else "No trial has begun yet.") + retried)

@@ -6,7 +6,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from distprune.report.data import Data, Row
+from distprune.report.data import Data, Row, label_of
 from distprune.report.drawn import LIGHT, SEQUENCE, Cell, Drawn, figure, log_line, log_ticks, many, number, plain, share, thinned
 from distprune.report.findings import best, smallest_near_best
 from distprune.report.said import hover
@@ -157,8 +157,8 @@ def _limits(chart: go.Figure, data: Data, axis: str) -> None:
         )
     budgets = data.search.get("budget") or []
     for budget in [budgets] if isinstance(budgets, Mapping) else budgets:
-        if isinstance(budget, Mapping) and isinstance(most := budget.get("most"), int | float) and budget.get("cost", "params") == axis:
-            if chart.layout.xaxis.type == "log":
+        if isinstance(budget, Mapping) and isinstance(most := budget.get("most"), int | float):
+            if label_of(budget.get("cost", "params")) == axis and chart.layout.xaxis.type == "log":
                 log_line(chart, most, f"budget {share(most)}")
 
 

@@ -178,7 +178,7 @@ def _caption(found: Mapping[str, float], chance: Mapping[str, float]) -> str:
     sure = [name for name in found if found[name] > chance[name]]
     if not sure:
         return "No choice decides more than chance would have it: with more trials there may be one."
-    first = f"{_label(sure[0])} decided most of what is near the front, with {share(found[sure[0]])} of the importance"
+    first = f"{_label(sure[0])} decided the most among those above chance, with {share(found[sure[0]])} of the importance"
     others = [f"{_label(name)} ({share(found[name])})" for name in sure[1:3]]
     below = len(found) - len(sure)
     text = f"{first}, then {' and '.join(others)}" if others else first

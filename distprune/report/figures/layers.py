@@ -75,7 +75,9 @@ def layers(data: Data) -> Drawn:
         notes.append(f"{len(kept)} of the front's {len(data.front):,} trials are shown.")
     if len(listed) < len(names):
         notes.append(f"{len(listed)} of {len(names)} layers are shown.")
-    return Drawn(**drawn, caption=_caption(kept), figure=chart, note=" ".join(notes))
+    if not data.sized:
+        notes.append("How large each layer is shows when the search ends; until then shares are of the most that any trial kept there.")
+    return Drawn(**drawn, caption=_caption(kept) if data.sized else _counted(kept), figure=chart, note=" ".join(notes))
 
 
 def _density(found: tuple[int, int] | None) -> float | None:
@@ -84,6 +86,17 @@ def _density(found: tuple[int, int] | None) -> float | None:
 
 def _told(found: tuple[int, int] | None) -> str:
     return "it has no such layer" if found is None else f"keeps {found[0]:,} of {found[1]:,} weights, {share(_density(found))}"
+
+
+def _counted(kept: dict[int, dict[str, tuple[int, int]]]) -> str:
+    """What can be said without the sizes of layers."""
+    held: dict[str, list[int]] = {}
+    for found in kept.values():
+        for name, (count, _) in found.items():
+            held.setdefault(name, []).append(count)
+    middles = {name: statistics.median(found) for name, found in held.items()}
+    most = max(middles, key=lambda name: middles[name])
+    return f"{most} keeps the most weights, {middles[most]:,.0f}: median over {many(len(kept), 'trial')} of the front."
 
 
 def _caption(kept: dict[int, dict[str, tuple[int, int]]]) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from distprune.report.data import Data, Row
+from distprune.report.data import Data, Row, label_of
 from distprune.report.drawn import LIGHT, SEQUENCE, Cell, Drawn, figure, many, number, plain, samples, share, thinned
 from distprune.report.findings import own
 
@@ -25,7 +25,7 @@ class _Seen:
 
     paradigm: str
     number: int
-    density: float  # that its recipe is for
+    density: float  # that its recipe is for, where it says so in weights, else that it has
     value: float
     cost: float  # billed samples in the end
 
@@ -80,7 +80,9 @@ def _compared(data: Data) -> tuple[str, list[_Seen]]:
 
 
 def _seen(data: Data, row: Row, value: float) -> _Seen:
-    planned = (data.long(row["number"], "recipe") or {}).get("sparsity")  # a trial that is still dense is judged for what it will be
+    recipe = data.long(row["number"], "recipe") or {}
+    weights = label_of(recipe.get("sparsity_of", "params")) == "params"  # a share of FLOPs says nothing of how many weights are kept
+    planned = recipe.get("sparsity") if weights else None  # a trial that is still dense is judged for what it will be
     density = 1 - float(planned if planned is not None else row["sparsity"] or 0.0)
     return _Seen(str(row["paradigm"]), int(row["number"]), density, value, float(row["cost"] or 0.0))
 
