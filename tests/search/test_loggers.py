@@ -1,6 +1,7 @@
 """Loggers hear every report of every trial once, whatever becomes of the driver, and can neither fail a search nor see a secret."""
 
 import importlib
+import itertools
 import json
 import queue
 import struct
@@ -115,19 +116,22 @@ class Killed(BaseException):
     pass
 
 
-def test_a_driver_that_dies_leaves_nothing_unheard(tmp_path: Path) -> None:
-    heard = 0
+def _dying(at: int) -> Any:
+    """Curves whose driver dies of report number `at` among all that are made, once."""
+    made = itertools.count(1)
 
-    def dies(job: Job) -> Iterator[dict[str, Any]]:
-        nonlocal heard
+    def using(job: Job) -> Iterator[dict[str, Any]]:
         for row in curve(job):
-            heard += 1
-            if heard == 11:
+            if next(made) == at:
                 raise Killed
             yield row
 
+    return using
+
+
+def test_a_driver_that_dies_leaves_nothing_unheard(tmp_path: Path) -> None:
     with pytest.raises(Killed):
-        start(search(tmp_path, log=[OWN]), using=dies)
+        start(search(tmp_path, log=[OWN]), using=_dying(11))
     before = results(Recorder.calls)
     assert 0 < before.total() < 11
     folder = resume(tmp_path / "s")
@@ -227,14 +231,10 @@ def test_tensorboard_has_the_curves_of_all_trials_also_after_a_resume(tmp_path: 
 def test_mlflow_has_one_run_a_trial_also_after_a_driver_died(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mlflow = pytest.importorskip("mlflow")
     monkeypatch.chdir(tmp_path)
-    uri, heard = f"sqlite:///{tmp_path}/mlflow.db", 0
+    uri, curves = f"sqlite:///{tmp_path}/mlflow.db", _dying(9)
 
     def dies(job: Job) -> Iterator[dict[str, Any]]:
-        nonlocal heard
-        for row in curve(job):
-            heard += 1
-            if heard == 9:
-                raise Killed
+        for row in curves(job):
             yield {**row, "ended": "nan"} if row["final"] and job.number == 2 else row
 
     logger = {"name": "mlflow", "tracking_uri": uri, "tags": {"team": "pruning"}}
@@ -269,18 +269,8 @@ def test_wandb_has_one_run_a_trial_under_an_id_that_outlives_the_driver(tmp_path
 
     monkeypatch.setattr(WandbLoggerCallback, "_start_logging_actor", begin)
     monkeypatch.setattr(WandbLoggerCallback, "_cleanup_logging_actors", lambda self, **options: None)
-    heard = 0
-
-    def dies(job: Job) -> Iterator[dict[str, Any]]:
-        nonlocal heard
-        for row in curve(job):
-            heard += 1
-            if heard == 9:
-                raise Killed
-            yield row
-
     with pytest.raises(Killed):
-        start(search(tmp_path, trials=3, log=[{"name": "wandb", "mode": "offline", "entity": "us"}]), using=dies)
+        start(search(tmp_path, trials=3, log=[{"name": "wandb", "mode": "offline", "entity": "us"}]), using=_dying(9))
     folder = resume(tmp_path / "s")
     assert {(facts["project"], facts["group"], facts["entity"], facts["mode"], facts["resume"]) for facts in begun} == {
         ("s", "s", "us", "offline", "allow")
