@@ -75,7 +75,7 @@ class Postgres:
             "listen_addresses=127.0.0.1",
             f"unix_socket_directories={self.folder}",
             "fsync=off",
-            "max_connections=20",
+            "max_connections=200",  # optuna's studies hold theirs until they are collected
         ]
         command = [
             *self._as_user,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import distprune
 from distprune.core import registry
-from distprune.core.options import REQUIRED, Choices, LogRange, Option, PerLayer, Range
+from distprune.core.options import REQUIRED, Choices, Option, PerLayer
 from distprune.core.registry import Entry, Table
 from distprune.report.prose import table, text
 
@@ -58,19 +58,19 @@ def described(entry: Entry) -> Iterator[tuple[str, str]]:
 
 def _option(option: Option) -> str:
     default = "" if option.default is REQUIRED else f" = {option.default!r}"
-    return f"{option.name}{default}{_range(option)}"
+    where = searched(option)
+    return f"{option.name}{default}{f' (searched over {where})' if where else ''}"
 
 
-def _range(option: Option) -> str:
+def searched(option: Option, *, mark: str = "") -> str:
+    """Over what a search varies an option, its values between `mark`s; empty where it does not."""
     where = option.search
     if where is None:
         return ""
-    if isinstance(where, PerLayer):
-        return f" (searched for each layer in [{where.range.low:g}, {where.range.high:g}])"
-    if isinstance(where, Range):
-        return f" (searched in [{where.low:g}, {where.high:g}]{', log' if isinstance(where, LogRange) else ''})"
-    assert isinstance(where, Choices)
-    return f" (searched: {' | '.join(map(str, option.values))})"
+    if isinstance(where, Choices):
+        return ", ".join(f"{mark}{value}{mark}" for value in option.values)
+    interval = where.range if isinstance(where, PerLayer) else where
+    return f"{where}{', log' if interval.log else ''}"
 
 
 def short(path: Path) -> str:

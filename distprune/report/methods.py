@@ -12,9 +12,9 @@ from typing import Any, Literal
 
 from distprune.core import hooks, schedules, weights
 from distprune.core.hooks.hook import Hook
-from distprune.core.options import REQUIRED, LogRange, Option, PerLayer, Range
+from distprune.core.options import REQUIRED, Option
 from distprune.core.registry import Entry
-from distprune.report.framework import PLURALS, short, tables
+from distprune.report.framework import PLURALS, searched, short, tables
 from distprune.report.prose import markdown, table, text
 
 FOLDER = "docs/methods"
@@ -187,7 +187,7 @@ def _entry(entry: Entry) -> Iterator[str]:
     if facts := "; ".join(_facts(entry)):
         yield f"{facts[0].upper()}{facts[1:]}."
     if entry.options:
-        rows = [[f"`{option.name}`", _default(option), _takes(option), _searched(option)] for option in entry.options.values()]
+        rows = [[f"`{option.name}`", _default(option), _takes(option), searched(option, mark="`")] for option in entry.options.values()]
         yield table(["option", "default", "takes", "searched over"], rows)
     yield from _origin(entry.paper, short(entry.file))
 
@@ -226,19 +226,6 @@ def _takes(option: Option) -> str:
     if typing.get_origin(kind) is Literal:
         return ", ".join(f"`{value}`" for value in typing.get_args(kind))
     return _name_of(kind)
-
-
-def _searched(option: Option) -> str:
-    where = option.search
-    if where is None:
-        return ""
-    if isinstance(where, PerLayer):
-        return f"each layer in {where.range}{_log(where.range)}"
-    return f"{where}{_log(where)}" if isinstance(where, Range) else ", ".join(f"`{value}`" for value in option.values)
-
-
-def _log(where: Range) -> str:
-    return ", log" if isinstance(where, LogRange) else ""
 
 
 def _name_of(kind: Any) -> str:

@@ -229,8 +229,8 @@ def _run(
                 listen("progress", book.summary())
                 book.prepare()
 
+            listen("running", {"setup": setup, "found": found, "folder": folder})
             if book.has_work:
-                listen("running", {"setup": setup, "found": found, "folder": folder})
                 engine.run(search, book, job, ended, draw)
             book.settle()
             if book.has_rounds:

@@ -251,7 +251,7 @@ def test_list_shows_options_paper_and_file(capsys: pytest.CaptureFixture[str]) -
     output = capsys.readouterr().out
     for name in ("magnitude", "per_layer", "growing_l2", "at_init", "resnet_cifar", "fashion_mnist", "nsga2", "pareto_halving"):
         assert f"  {name}" in output
-    assert "batches = 1 (searched in [1, 4])" in output and "arXiv:1810.02340" in output and "distprune/core/criteria/snip.py" in output
+    assert "batches = 1 (searched over [1, 4])" in output and "arXiv:1810.02340" in output and "distprune/core/criteria/snip.py" in output
 
 
 @pytest.fixture(scope="module")

@@ -15,4 +15,4 @@ def test_the_list_shows_names_options_ranges_paper_and_file_of_every_entry(capsy
         for entry in table:
             assert f"  {entry.name} " in text and entry.paper in text and Path(entry.file).name in text
             assert all(f"{name}" in text for name in entry.options)
-    assert "share = 0.2 (searched in [0.2, 0.8])" in text and "weights = 'rewind' (searched: rewind | inherit" in text
+    assert "share = 0.2 (searched over [0.2, 0.8])" in text and "weights = 'rewind' (searched over rewind, inherit" in text

@@ -121,7 +121,7 @@ def test_a_lost_head_is_gone_on_with_from_the_url(s3: str, tmp_path: Path) -> No
     log = (tmp_path / "log").open("w+")
     process = subprocess.Popen(
         [sys.executable, "-m", "distprune", "search", str(path)],
-        env=_environment(tmp_path / "head"),
+        env={**_environment(tmp_path / "head"), "TOYS_SLEEP_S": "0.05"},
         cwd=tmp_path,
         stdout=log,
         stderr=subprocess.STDOUT,

@@ -9,7 +9,6 @@ import numpy as np
 import optuna
 import plotly.graph_objects as go
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
-from optuna.importance import PedAnovaImportanceEvaluator
 
 from distprune.report.data import Data, Row
 from distprune.report.drawn import LIGHT, Drawn, figure, many, plain, share, thinned
@@ -123,6 +122,8 @@ def importances(
         own = {name: distributions[name] for name in trial if name in distributions}
         cast = {name: float(trial[name]) if isinstance(kind, FloatDistribution) else str(trial[name]) for name, kind in own.items()}
         study.add_trial(optuna.create_trial(params=cast, distributions=own, value=0.0))
+    from optuna.importance import PedAnovaImportanceEvaluator  # scikit-learn comes with it, for seconds: only where there is a figure
+
     evaluator = PedAnovaImportanceEvaluator(target_quantile=quantile)
 
     def evaluate(results: Floats) -> dict[str, float]:
