@@ -35,7 +35,7 @@ def _run(copy: Path, *arguments: str) -> str:
 
 def test_is_listed(copy: Path) -> None:
     output = _run(copy, "-m", "distprune", "list", "criterion")
-    assert "gradient" in output and "Absolute gradient |dL/dw|" in output and "batches = 1 (searched in" in output
+    assert "gradient" in output and "Absolute gradient |dL/dw|" in output and "batches = 1 (searched over" in output
 
 
 def test_is_configurable_and_searched(copy: Path) -> None:

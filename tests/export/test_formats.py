@@ -288,6 +288,6 @@ def test_a_noisy_latency_is_null_with_its_reason(outcome: Any, tmp_path: Path, m
 
 
 def test_no_path_of_this_machine_is_handed_out(folder: Path) -> None:
-    for path in folder.iterdir():
+    for path in filter(Path.is_file, folder.iterdir()):
         data = path.read_bytes()
         assert b"site-packages" not in data and str(Path(dp.__file__).parent).encode() not in data, path.name
