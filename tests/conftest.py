@@ -3,13 +3,16 @@
 import atexit
 import os
 import shutil
+import sys
 import tempfile
+import time
 
 # Before ray is imported anywhere: tests keep Ray's token out of the user's home, and its child processes quiet. Under `uv run` they are
 # as without it: messages name the plain command, and Ray starts its workers with this interpreter.
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
 os.environ.pop("UV_RUN_RECURSION_DEPTH", None)
+os.environ["TZ"] = "UTC"
 # Data sets that workers share lie in the system's folder for temporary files; those of tests go when the tests end.
 if "DISTPRUNE_NODE_CACHE" not in os.environ:
     os.environ["DISTPRUNE_NODE_CACHE"] = tempfile.mkdtemp(prefix="distprune-tests-")
@@ -21,6 +24,19 @@ from pathlib import Path
 import postgres
 import pytest
 import torch
+from hypothesis import settings
+
+time.tzset()
+settings.register_profile("tests", deadline=None, derandomize=True)  # no test depends on time or chance
+settings.load_profile("tests")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_ray_is_left() -> Iterator[None]:
+    """A Ray that a test has begun has the environment of that test: the next file begins its own."""
+    yield
+    if (ray := sys.modules.get("ray")) and ray.is_initialized():
+        ray.shutdown()
 
 
 @pytest.fixture(autouse=True)

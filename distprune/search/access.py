@@ -75,8 +75,15 @@ def connect(address: str | None) -> None:
     else:
         options = {"address": _found(address)}
     try:
+        begin = functools.partial(ray.init, **options, log_to_driver=False, logging_level=logging.ERROR)
         with _sigterm_kept():
-            ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)
+            try:
+                begin()
+            except Exception:
+                if address is not None:
+                    raise
+                ray.shutdown()  # it gives a node 30 seconds to begin, which a busy machine exceeds now and then
+                begin()
         if address is None:
             _own = ray.get_runtime_context().gcs_address
     except Exception as error:  # Ray raises bare Exceptions too

@@ -15,14 +15,23 @@ class Parcels:
 
     def __init__(self, rows: Iterator[dict[str, Any]], *, clock: Callable[[], float] = time.monotonic) -> None:
         self._rows, self._clock, self._rung = rows, clock, -1
+        self._failure: Exception | None = None  # raised when what came before it was handed on
 
     def next(self) -> list[dict[str, Any]]:
         """The next report, and those that follow it quickly. Called again only where the last of them was not final."""
+        if self._failure:
+            raise self._failure
         found: list[dict[str, Any]] = []
         first = None  # when the first of them came
         while True:
             begun = self._clock()
-            row = next(self._rows)
+            try:
+                row = next(self._rows)
+            except Exception as failure:
+                if not found:
+                    raise
+                self._failure = failure
+                return found
             now = self._clock()
             found.append(row)
             first = now if first is None else first

@@ -9,6 +9,7 @@ import os
 import stat
 import tempfile
 import time
+import uuid
 from collections.abc import Callable
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
@@ -24,6 +25,7 @@ from distprune.store.mapped import NotShared, open_dataset, remove_unused, write
 FOLDER = "DISTPRUNE_NODE_CACHE"  # names another place than the system's folder for temporary files, or 'off'
 WAIT_S = 900.0  # for another process to read the data, before it is read a second time
 _LOCKS = 64  # several data sets may share one
+_MARK_BYTES = 64  # of what the lock's file says
 _LOOK_EVERY_S = 0.05
 _LIBRARIES = ("distprune", "torch", "torchvision", "numpy", "pillow", "pyarrow", "scikit-learn")
 
@@ -118,7 +120,7 @@ class _Turn:
     def take(cls, folder: Path, key: str) -> "_Turn | None":
         """Wait for it. None if that took too long, or if who had it in the meantime could not share what it has read."""
         lock = os.open(folder / "locks" / f"{int(key, 16) % _LOCKS:02}", os.O_RDWR | os.O_CREAT, 0o600)
-        began, until = time.time_ns(), time.monotonic() + WAIT_S
+        before, until = os.pread(lock, _MARK_BYTES, 0), time.monotonic() + WAIT_S
         try:
             while True:
                 try:
@@ -129,10 +131,10 @@ class _Turn:
                         os.close(lock)
                         return None
                     _sleep(_LOOK_EVERY_S)
-            if os.pread(lock, 64, 0) == _failed(key) and os.fstat(lock).st_mtime_ns >= began:
+            if (mark := os.pread(lock, _MARK_BYTES, 0)) != before and mark.startswith(_failed(key)):
                 os.close(lock)
                 return None
-            os.pwrite(lock, bytes(len(_failed(key))), 0)  # has the space that `fail` needs, as the disk may be full then
+            os.pwrite(lock, bytes(_MARK_BYTES), 0)  # has the space that `fail` needs, as the disk may be full then
         except BaseException:
             os.close(lock)
             raise
@@ -141,7 +143,7 @@ class _Turn:
     def fail(self) -> None:
         """Have those that wait read for themselves, all at once."""
         with suppress(OSError):
-            os.pwrite(self._lock, _failed(self.key), 0)
+            os.pwrite(self._lock, _failed(self.key) + uuid.uuid4().bytes, 0)  # no two marks are the same
 
     def release(self) -> None:
         """Let the next one have it, though a process that was forked meanwhile may have the lock's file open."""
@@ -156,7 +158,7 @@ class _Turn:
 
 
 def _failed(key: str) -> bytes:
-    return f"alone {key}".encode()
+    return f"alone {key} ".encode()
 
 
 def _opened(entry: Path) -> Dataset | None:

@@ -26,7 +26,7 @@ _sleep = time.sleep
 _told: list[Told] = []
 
 _TRY_AGAIN_S = 2.0
-_ASKED_S, _ASK_AGAIN_S = 0.2, 0.02  # a lock that is only being asked after is free again by then
+_ASKED_S, _ASK_AGAIN_S = 2.0, 0.02  # a lock that is only being asked after is free again by then
 
 
 def append(path: str | Path, data: bytes, *, sync: bool = False) -> None:

@@ -59,7 +59,7 @@ class Mirror(Here):
         self._whole = 0  # the number of its last whole one
         self._sent: dict[str, int] = {}  # bytes of each stream
         self._tails: dict[str, bytes] = {}
-        self._files: dict[str, tuple[int, int]] = {}  # name -> (size, time of change) of what went up
+        self._files: dict[str, tuple[int, int, int]] = {}  # name -> (inode, size, time of change) of what went up
         self._works: list[Callable[[], None]] = []
         self._superseded, self._failing = "", False
         self._begun, self._stop = False, threading.Event()
@@ -189,7 +189,7 @@ class Mirror(Here):
         path = self._folder / name
         try:
             facts = path.stat()
-            if self._files.get(name) != (stamp := (facts.st_size, facts.st_mtime_ns)):
+            if self._files.get(name) != (stamp := (facts.st_ino, facts.st_size, facts.st_mtime_ns)):
                 self._objects.send(path, name)
                 self._files[name] = stamp
         except FileNotFoundError:

@@ -71,6 +71,14 @@ def _lines(path: Path) -> list[str]:
     return path.read_text().splitlines() if path.exists() else []
 
 
+def _have_ended(pids: list[str]) -> bool:
+    """Whether processes that were told to end do so."""
+    until = time.monotonic() + 60
+    while any(map(_is_alive, pids)) and time.monotonic() < until:
+        time.sleep(0.05)
+    return not any(map(_is_alive, pids))
+
+
 def _is_alive(pid: str) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
@@ -91,7 +99,7 @@ def test_nodes_are_started_and_the_exit_code_comes_through(home: Path) -> None:
     (asked,) = _lines(home / "distprune")
     address = asked.split()[-1]
     assert asked.startswith(f"token search digits.yaml --storage {home}/runs --address ") and f"--address={address} " in workers[0]
-    assert not any(map(_is_alive, _lines(home / "pids"))), "all nodes are ended with the search"
+    assert _have_ended(_lines(home / "pids")), "all nodes are ended with the search"
     assert not list((home / ".distprune").rglob("auth_token")), "and the token is gone"
 
 
@@ -115,7 +123,7 @@ def test_the_end_of_the_time_interrupts_the_search(home: Path) -> None:
     process.send_signal(signal.SIGINT)  # as Slurm sends it to the script alone
     process.communicate(timeout=60)
     assert process.returncode == 130 and _lines(home / "distprune")[-1] == "interrupted"
-    assert not any(map(_is_alive, _lines(home / "pids")))
+    assert _have_ended(_lines(home / "pids"))
 
 
 def test_without_arguments_it_says_how(tmp_path: Path) -> None:

@@ -62,15 +62,16 @@ class Seen:
         self.until("[...document.querySelectorAll('.plot')].every((plot) => plot.querySelector('.main-svg'))")
 
     def until(self, condition: str) -> None:
-        """Wait for a condition. The browser may not: the page allows no code from text, and is read again meanwhile."""
-        for _ in range(400):
+        """Wait for a condition. The browser may not: the page allows no code from text, and is read again meanwhile, or is half read."""
+        last: object = "false"
+        for _ in range(600):
             try:
                 if self.page.evaluate(condition):
                     return
             except Exception as error:
-                assert "context was destroyed" in str(error) or "navigation" in str(error), error
+                last = error
             time.sleep(0.05)
-        raise AssertionError(condition)
+        raise AssertionError(f"{condition}: {last}")
 
     def points(self) -> dict[str, list[int]]:
         """Of each plot: how many elements each of its traces was drawn with."""
@@ -158,13 +159,13 @@ def test_a_live_page_reads_itself_again_at_the_same_place_and_ends_with_the_sear
 
     write(True, "first")
     seen = Seen(browser, made.report_html, size=DESK, theme="light")
-    seen.page.evaluate("document.querySelector('#front details').open = true; scrollTo(0, 500)")
+    seen.until("(document.querySelector('#front details').open = true, scrollTo(0, 500), scrollY === 500)")
     write(True, "second")
     seen.until("document.querySelector('h1').textContent === 'second'")
     seen.until("scrollY === 500 && document.querySelector('#front details').open")
     write(False, "third")
     seen.until("document.querySelector('h1').textContent === 'third'")
-    assert seen.page.evaluate("scrollY") == 500
+    seen.until("scrollY === 500")
     asked = len(seen.asked)
     time.sleep(1.2)
     assert len(seen.asked) == asked >= 3, "a search that has ended is read no more"
@@ -178,10 +179,11 @@ def test_a_held_page_waits(browser: Any, tmp_path: Path, monkeypatch: pytest.Mon
     data = Data.read(made)
     page.write(data, page.draw(data)[:1], live=True)
     seen = Seen(browser, made.report_html, size=DESK, theme="light")
-    seen.page.click("#hold")
+    held = "document.getElementById('hold').textContent === 'Go on'"
+    seen.until(f"{held} || (document.getElementById('hold').click(), {held})")
     asked = len(seen.asked)
     time.sleep(0.8)
-    assert len(seen.asked) == asked and seen.page.inner_text("#hold") == "Go on"
+    assert len(seen.asked) == asked and seen.page.evaluate(held)
     seen.context.close()
 
 
@@ -193,7 +195,7 @@ def test_a_live_page_is_given_up_for_its_age_when_it_is_read_and_not_for_how_lon
     data = Data.read(made)
     page.write(data, page.draw(data)[:1], live=True)
     seen = Seen(browser, made.report_html, size=DESK, theme="light")
-    seen.page.evaluate("() => { window.first = true; Date.now = () => 9e15; }")  # it was held, hidden or selected for an age
+    seen.until("(window.first = true, Date.now = () => 9e15, true)")  # it was held, hidden or selected for an age
     seen.until("window.first === undefined && document.getElementById('state')?.textContent === 'running, 4 trials'")
     seen.context.close()
     made.report_html.write_text(page.page(data, page.draw(data)[:1], live=True, now=time.time() - 120))

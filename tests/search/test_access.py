@@ -4,9 +4,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from distprune.errors import UserError
 from distprune.search import access
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -104,3 +106,28 @@ def test_a_token_that_the_user_has_set_since_is_his(monkeypatch: pytest.MonkeyPa
     access._make_token()
     access._drop_made()
     assert known() == ["RAY_AUTH_MODE"], "the mode that was there before"
+
+
+@pytest.mark.parametrize(("failures", "works"), [(1, True), (2, False)])
+def test_a_ray_that_begins_too_slowly_has_a_second_chance(failures: int, works: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    said: list[str] = []
+
+    def begin(**options: object) -> None:
+        said.append("init")
+        if said.count("init") <= failures:
+            raise Exception("The current node timed out during startup.")
+
+    monkeypatch.setattr(access, "_own", "")
+    monkeypatch.setattr(ray, "init", begin)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "shutdown", lambda: said.append("shutdown"))
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(gcs_address="here:1"))
+    if works:
+        access.connect(None)
+        assert access._own == "here:1"
+    else:
+        with pytest.raises(UserError, match=r"did not start on this machine: The current node timed out .* Try again when it is less busy"):
+            access.connect(None)
+    assert said == ["init", "shutdown", "init"]

@@ -43,6 +43,18 @@ def test_what_is_decided_on_is_sent_at_once() -> None:
     assert _parcels([(0.1, -1, False), (0.1, 0, False), (0.1, 0, False), (0.1, 1, False), (0.1, 1, True)]) == [[0, 1], [2, 3], [4]]
 
 
+def test_what_was_made_before_a_failure_is_sent_before_it() -> None:
+    def rows() -> Iterator[dict[str, Any]]:
+        yield from ({"index": index, "rung": -1, "final": False} for index in range(2))
+        raise RuntimeError("a rank has died")
+
+    parcels = Parcels(rows(), clock=lambda: 0.0)
+    assert [row["index"] for row in parcels.next()] == [0, 1]
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="a rank has died"):
+            parcels.next()
+
+
 @on_ray
 def test_of_reports_that_come_together_none_counts_after_the_stop(tmp_path: Path) -> None:
     from distprune.search.runner import Gate

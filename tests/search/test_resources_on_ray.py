@@ -1,5 +1,6 @@
 """Memory, custom resources and nodes that join, on a real Ray."""
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ class Hungry(nn.Sequential):
         context = ray.get_runtime_context() if ray.is_initialized() else None
         if context and context.get_actor_id() and context.get_assigned_resources().get("memory", 0) < 3e8:
             raise MemoryError
+        time.sleep(0.05)  # the node that joins is noticed before the first trial has ended
         return super().forward(inputs)  # type: ignore[no-any-return]
 
 
@@ -98,9 +100,9 @@ def test_on_ray_a_search_ends_in_time_whose_trial_has_no_room(tmp_path: Path, mo
     monkeypatch.setattr(runner, "WAITS_S", 1.0)
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
     space = {"paradigm": ["dense"], "regularizer": ["none"]}
-    value = search(tmp_path, trials=1, space=space, workers={"resources": {"spot": 1}}, limits={"trials": 1, "wall": 2})
+    value = search(tmp_path, trials=1, space=space, workers={"resources": {"spot": 1}}, limits={"trials": 1, "wall": 15})
     engine = runner.Ray(None, lambda event, facts: None)
-    ray.init(num_cpus=2, resources={"spot": 1}, include_dashboard=False, log_to_driver=False)
+    ray.init(address="local", num_cpus=2, resources={"spot": 1}, include_dashboard=False, log_to_driver=False)
     try:
         taken = ray.util.placement_group([{"spot": 1}])
         ray.get(taken.ready())

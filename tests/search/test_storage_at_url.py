@@ -113,11 +113,12 @@ def _environment(machine: Path) -> dict[str, str]:
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_lost_head_is_gone_on_with_from_the_url(s3: str, tmp_path: Path) -> None:
     """Real Ray: workers take their credentials from the environment. The head dies with its disk, another machine goes on."""
     recipe = {**BASE, "train": {**BASE["train"], "length": "40ep"}}
     path, url = tmp_path / "search.yaml", join(s3, "s")
-    path.write_text(yaml.safe_dump({**search(s3, trials=4).plain(), "recipe": recipe}))
+    path.write_text(yaml.safe_dump({**search(s3, trials=4, workers={"most": 2}).plain(), "recipe": recipe}))
     log = (tmp_path / "log").open("w+")
     process = subprocess.Popen(
         [sys.executable, "-m", "distprune", "search", str(path)],
@@ -128,7 +129,7 @@ def test_a_lost_head_is_gone_on_with_from_the_url(s3: str, tmp_path: Path) -> No
         start_new_session=True,
     )
     try:
-        until = time.monotonic() + 150
+        until = time.monotonic() + 300
         while not (up := parts.read(Objects.open(url)).streams["study.journal"]).count(b'"values":['):
             assert process.poll() is None and time.monotonic() < until, (tmp_path / "log").read_text()
             time.sleep(0.3)
@@ -138,7 +139,7 @@ def test_a_lost_head_is_gone_on_with_from_the_url(s3: str, tmp_path: Path) -> No
         log.close()
     command = [sys.executable, "-m", "distprune", "resume", url]
     done = subprocess.run(
-        command, env=_environment(tmp_path / "other"), cwd=tmp_path, capture_output=True, text=True, check=False, timeout=200
+        command, env=_environment(tmp_path / "other"), cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"results go to {url}" in done.stdout and f"The run is at {url}" in done.stdout

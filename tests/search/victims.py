@@ -75,7 +75,10 @@ class Nodes:
         node = self._nodes.pop(chance.randrange(len(self._nodes)))
         self._cluster.remove_node(node, allow_graceful=False)
         with self._unknown():
-            self._nodes.append(self._cluster.add_node(num_cpus=1))
+            try:
+                self._nodes.append(self._cluster.add_node(num_cpus=1))
+            except Exception:  # as above
+                self._nodes.append(self._cluster.add_node(num_cpus=1))
         return True
 
     def close(self) -> None:

@@ -308,9 +308,10 @@ def test_a_frozen_driver_does_not_hold_the_study(postgres_server: Postgres, monk
     first = Database.at(url, **name)
     born(first, 0)
 
-    def freeze(connection: Connection, again: bool) -> None:
+    def freeze(inside: Connection, again: bool) -> None:
+        monkeypatch.setattr(connection, "_IDLE_S", 60)  # the second one is not frozen, however slow this machine is
         assert len(Database.at(url, **name)) == 1  # waits until the server has given the first one up
-        connection.execute(sqlalchemy.insert(database._trials).values(study_id=first._study, number=1, state=TrialState.RUNNING))
+        inside.execute(sqlalchemy.insert(database._trials).values(study_id=first._study, number=1, state=TrialState.RUNNING))
 
     with pytest.raises(TakenOver):
         first._written(freeze)

@@ -175,7 +175,7 @@ def test_a_killed_or_frozen_holder_passes_it_on(how: signal.Signals, path: Path)
         while True:
             signal.pause()
     try:
-        while not path.exists():
+        while list(path.parent.iterdir()) != [path]:
             time.sleep(0.01)
         watch = Watch(path, stale=0.5)
         assert watch.look() is not None
