@@ -164,8 +164,6 @@ def _read_until(process: "subprocess.Popen[str]", text: str) -> str:
 
 @pytest.mark.parametrize("installer", ["pip", "uv"])
 def test_a_pinned_environment_travels(installer: str, head: Head) -> None:
-    if installer == "uv":
-        pytest.importorskip("uv", reason="needs the package uv in the environment of the nodes: uv pip install uv")
     (folder := head.folder / installer).mkdir()
     (folder / "needy.py").write_text(NEEDY)
     recipe = SEARCH.replace("tiny", f"needy-{installer}").replace('{import: "my_models.small:net", hidden: [16]}', '{import: "needy:net"}')
