@@ -281,9 +281,21 @@ def recipe(folder: Path) -> Recipe:
     return Recipe.read({"model": "lenet5", "data": {"name": "image_folder", "folder": str(folder)}, "paradigm": "dense"})
 
 
+def key_of(folder: Path) -> str:
+    """In a new process, which has looked at nothing yet."""
+    module._content.cache_clear()
+    return root_key(recipe(folder), torch.device("cpu"))
+
+
+def test_a_process_looks_at_its_images_once_for_all_keys(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = key_of(photos)
+    monkeypatch.setattr(module, "_listed", lambda root: pytest.fail("each trial has keys, and a folder may have a million files"))
+    assert root_key(recipe(photos), torch.device("cpu")) == first
+
+
 def test_other_images_are_other_keys(photos: Path) -> None:
     def key() -> str:
-        return root_key(recipe(photos), torch.device("cpu"))
+        return key_of(photos)
 
     first = key()
     (photos / "cats" / "000.png").touch()
@@ -305,7 +317,7 @@ def test_other_pixels_in_a_file_of_the_same_size_are_another_key(photos: Path, e
     def written(number: int, second: int) -> str:
         picture(number, mode=mode).save(path)
         os.utime(path, (second, second))
-        return root_key(recipe(photos), torch.device("cpu"))
+        return key_of(photos)
 
     first, size = written(1, 1), path.stat().st_size
     other = written(2, 2)

@@ -37,27 +37,27 @@ def files(choice: Choice) -> list[Path]:
 
 
 @functools.cache
-def _digest(path: str, changed: tuple[int, int]) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+def _content(root: str) -> str:
+    found = [_told(path, facts, f"{root.rstrip('/')}/") for path, facts in _listed(root)]
+    return hashlib.sha256(json.dumps(found).encode()).hexdigest()[:16]
 
 
 def _told(path: str, facts: os.stat_result, root: str) -> list[Any]:
     told = [path.removeprefix(root), facts.st_size]
-    return [*told, _digest(path, (facts.st_mtime_ns, facts.st_ctime_ns))] if path.lower().endswith(_AS_LARGE) else told
+    if path.lower().endswith(_AS_LARGE):
+        with open(path, "rb") as file:
+            told.append(hashlib.file_digest(file, "sha256").hexdigest()[:16])
+    return told
 
 
 def content(choice: Choice) -> str:
     """What tells the images of a choice from others under the same path, the same on every node.
 
-    Names and sizes; of files whose size says nothing about their pixels, a digest, too.
+    Names and sizes; of files whose size says nothing about their pixels, a digest, too. A process looks once, as it loads them once: its
+    keys are those of the images that it has, and every trial asks for them.
     """
     folder = choice.option("folder")
-    if not folder:
-        return ""
-    root = os.path.abspath(os.path.expanduser(folder))
-    told = [_told(path, facts, f"{root.rstrip('/')}/") for path, facts in _listed(root)]
-    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
+    return _content(os.path.abspath(os.path.expanduser(folder))) if folder else ""
 
 
 @data("image_folder", files=files, content=content)
